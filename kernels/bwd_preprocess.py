@@ -1,0 +1,168 @@
+"""First backward kernel: what each query row adds to the others, and gradients of the gains."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    cast,
+    head_base,
+    load_gain,
+    load_key_range,
+    load_tile,
+    store_tile,
+)
+from .value_sums import visible_value_sum
+
+
+@triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
+def attention_bwd_preprocess_kernel(
+    v_ptr,
+    residual_ptr,
+    d_out_ptr,
+    d_lse_ptr,
+    excess_ptr,
+    center_ptr,
+    row_stats_ptr,
+    block_sums_ptr,
+    key_start_ptr,
+    key_end_ptr,
+    row_terms_ptr,
+    gain_dots_ptr,
+    d_residual_ptr,
+    gains,
+    gain_strides,
+    v_strides,
+    residual_strides,
+    d_out_strides,
+    H,
+    GROUP,
+    T,
+    S,
+    q_offset,
+    diagonal,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    HAS_IDENTITY: tl.constexpr,
+    CENTERED: tl.constexpr,
+    GAIN_IS_TENSOR: tl.constexpr,
+    UNIFORM_PRIOR: tl.constexpr,
+    WIDE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    tiles = tl.cdiv(T, BLOCK_T)
+    pid = tl.program_id(0)
+    pid_t = pid % tiles
+    row = pid_t * BLOCK_T
+    pid_bh = pid // tiles
+    batch = pid_bh // H
+    head = pid_bh % H
+    kv_head = head // GROUP
+    # Saved tensors are contiguous (B, H, T, ...).
+    first_row = tl.cast(pid_bh, tl.int64) * T
+    plane = tl.cast(tl.num_programs(0) // tiles, tl.int64) * T
+    # [BLOCK_T]
+    offs_t = row + tl.arange(0, BLOCK_T)
+    inside = offs_t < T
+
+    branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 4, head)
+    softmax_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 1, head)
+    center_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 2, head)
+    v_base = head_base(v_ptr, batch, kv_head, v_strides)
+
+    # [BLOCK_T]
+    stats = row_stats_ptr + first_row + offs_t
+    row_max = tl.load(stats, mask=inside, other=-float("inf"))
+    inverse_normalizer = tl.load(stats + plane, mask=inside, other=0.0)
+    weight_sum = tl.load(stats + 2 * plane, mask=inside, other=0.0)
+    inverse_weight_sum = tl.where(weight_sum > 0.0, 1.0 / tl.maximum(weight_sum, 1e-30), 0.0)
+
+    # [BLOCK_T, BLOCK_DV]
+    d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
+    d_out = load_tile(d_out_base, row, T, d_out_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE)
+    d_out = d_out.to(tl.float32)
+    softmax_part = load_tile(
+        excess_ptr + first_row * DV, row, T, (DV, 1), DV, BLOCK_T, BLOCK_DV, True, WIDE
+    ).to(tl.float32)
+    if CENTERED:
+        if center_ptr is not None:
+            center = load_tile(
+                center_ptr + first_row * DV, row, T, (DV, 1), DV, BLOCK_T, BLOCK_DV, True, WIDE
+            )
+        else:
+            key_lo, key_hi = load_key_range(key_start_ptr, key_end_ptr, batch, S)
+            sums_base = block_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * (
+                tl.cdiv(S, SUM_BLOCK) * DV
+            )
+            center = inverse_weight_sum[:, None] * visible_value_sum(
+                v_base,
+                sums_base,
+                row,
+                T,
+                S,
+                key_lo,
+                key_hi,
+                diagonal,
+                v_strides[2:],
+                DV,
+                BLOCK_T,
+                BLOCK_DV,
+                SUM_BLOCK,
+                WIDE,
+                DOT_PRECISION,
+            )
+        if UNIFORM_PRIOR:
+            softmax_part += center
+        else:
+            softmax_part += center * inverse_weight_sum[:, None]
+    # D of the formula: 1 for a prior whose rows sum to 1.
+    prior_sum = tl.where(weight_sum > 0.0, 1.0, 0.0) if UNIFORM_PRIOR else weight_sum
+    softmax_gain = softmax_gain * prior_sum
+
+    # The products with v see this rounding of d_out, so delta must see the same one.
+    rounded = cast(d_out, v_ptr.dtype.element_ty).to(tl.float32)
+    # [BLOCK_T]
+    delta = softmax_gain * tl.sum(rounded * softmax_part, 1)
+    if d_lse_ptr is not None:
+        delta -= tl.load(d_lse_ptr + first_row + offs_t, mask=inside, other=0.0).to(tl.float32)
+    terms = row_terms_ptr + first_row + offs_t
+    # A row without keys gets maximum +inf: its weights are exp2(-inf) = 0.
+    tl.store(terms, tl.where(row_max == -float("inf"), float("inf"), row_max), mask=inside)
+    tl.store(terms + plane, softmax_gain * inverse_normalizer, mask=inside)
+    tl.store(terms + 2 * plane, delta * inverse_normalizer, mask=inside)
+    center_weight = center_gain * (inverse_weight_sum if UNIFORM_PRIOR else 1.0)
+    tl.store(terms + 3 * plane, center_weight + tl.zeros((BLOCK_T,), tl.float32), mask=inside)
+
+    if residual_ptr is not None or d_residual_ptr is not None:
+        skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 3, head)
+    if d_residual_ptr is not None:
+        d_residual_base = d_residual_ptr + first_row * DV
+        store_tile(d_residual_base, row, T, (DV, 1), skip_gain * d_out, DV, BLOCK_T, BLOCK_DV, WIDE)
+    if gain_dots_ptr is not None:
+        # One slot per gain, head and tile: (4, B, H, tiles), summed afterwards in a fixed order.
+        slot = gain_dots_ptr + tl.cast(pid_bh, tl.int64) * tiles + pid_t
+        slots = tl.cast(tl.num_programs(0), tl.int64)
+        if HAS_IDENTITY:
+            own = load_tile(
+                v_base, q_offset + row, S, v_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE
+            )
+            tl.store(slot, tl.sum(d_out * own.to(tl.float32)))
+        else:
+            tl.store(slot, 0.0)
+        by_row = prior_sum * tl.sum(d_out * softmax_part, 1)
+        tl.store(slot + slots, tl.sum(by_row, 0))
+        if CENTERED:
+            tl.store(slot + 2 * slots, -tl.sum(d_out * center))
+        else:
+            tl.store(slot + 2 * slots, 0.0)
+        if residual_ptr is not None:
+            residual_base = head_base(residual_ptr, batch, head, residual_strides)
+            residual = load_tile(
+                residual_base, row, T, residual_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE
+            )
+            tl.store(slot + 3 * slots, tl.sum(d_out * residual.to(tl.float32)))
+        else:
+            tl.store(slot + 3 * slots, 0.0)

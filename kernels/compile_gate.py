@@ -1,0 +1,347 @@
+"""Compile every shipped kernel configuration without a GPU and check what the assembler says.
+
+The launchers run on meta tensors while a stand-in driver names the target, so what is compiled here
+is what a call on that GPU compiles: same specialisation, same options. `python -m
+shaped_attn.kernels.compile_gate --write` rewrites the committed table of the installed Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import itertools
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from . import configs, launch
+from .attention_bwd import attention_bwd
+from .attention_fwd import attention_fwd
+
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory that one program may use; sm_80's table also serves consumer cards."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Variant(NamedTuple):
+    """One set of arguments that changes the code: which terms, which mask."""
+
+    name: str
+    gains: str
+    has_mask: bool = False
+    has_key_range: bool = False
+
+
+VARIANTS = (
+    Variant("shaped", "tensor", has_key_range=True),
+    Variant("plain", "softmax"),
+    Variant("masked", "number", has_mask=True),
+)
+"""Every term with learnable gains; softmax attention alone; an arbitrary mask."""
+
+
+class Case(NamedTuple):
+    """One call to compile: forward and backward of one variant."""
+
+    arch: int | str
+    dtype: str
+    head_dim: int
+    variant: Variant
+
+
+def cases() -> Iterator[Case]:
+    """All calls of the gate: every entry of the tables at the widest head it serves.
+
+    bfloat16 in all variants and at the narrowest head as well; float16 and float32 differ from it
+    in how they multiply, so they are compiled with the most terms and with a mask.
+    """
+    shaped, _, masked = VARIANTS
+    for arch, head_dim in itertools.product(configs.ARCHITECTURES, (64, 128, 256)):
+        for variant in VARIANTS:
+            yield Case(arch, "bf16", head_dim, variant)
+        yield Case(arch, "fp16", head_dim, shaped)
+        yield Case(arch, "fp32", head_dim, shaped)
+        yield Case(arch, "fp32", head_dim, masked)
+    for arch in configs.ARCHITECTURES:
+        yield Case(arch, "bf16", 16, shaped)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler made of one kernel: a row of the table.
+
+    registers and spills are per thread (spills in bytes), shared in bytes per program; tensor_core
+    counts wgmma, mma or mfma instructions, whichever `instruction` names.
+    """
+
+    arch: str
+    dtype: str
+    head_dim: int
+    variant: str
+    kernel: str
+    block_t: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    spills: int
+    shared: int
+    instruction: str
+    tensor_core: int
+    serialized: bool
+    has_float64: bool
+
+
+def target_of(arch: int | str) -> GPUTarget:
+    """Compilation target of an architecture of the tables."""
+    return GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+
+
+class _StandInDriver:
+    """Names a target; nothing can be launched."""
+
+    def __init__(self, arch: int | str):
+        self.target = target_of(arch)
+        self.device = configs.ARCHITECTURES.index(arch)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _compiling_for(arch: int | str) -> Iterator[list]:
+    """Let launches compile for `arch` instead of running; yield (name, kernel, log) of each.
+
+    The stand-in driver stays: without a GPU there is none to go back to. Hence the own processes.
+    """
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, kernel, log.getvalue()))
+        return kernel
+
+    with knobs.nvidia.scope(), knobs.compilation.scope(), launch.assume_architecture(arch):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        driver.set_active(_StandInDriver(arch))
+        JITFunction.run = compile_only
+        try:
+            yield compiled
+        finally:
+            JITFunction.run = run
+
+
+_KERNEL_NAMES = {
+    "value_block_sums_kernel": "value_sums",
+    "attention_fwd_kernel": "forward",
+    "attention_bwd_preprocess_kernel": "preprocess",
+    "attention_bwd_dkdv_kernel": "dkdv",
+    "attention_bwd_dq_kernel": "dq",
+}
+
+
+def compile_case(case: Case) -> list[Row]:
+    """Compile the forward and the backward of one case; one row per kernel."""
+    B, H, HKV, T = 2, 4, 2, 512
+    D = case.head_dim
+    dtype = _DTYPES[case.dtype]
+
+    def tensor(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = tensor(B, H, T, D), tensor(B, HKV, T, D), tensor(B, HKV, T, D)
+    residual = None if case.variant.gains == "softmax" else tensor(B, H, T, D)
+    gains = {
+        "tensor": tuple(tensor(H, dtype=torch.float32) for _ in range(6)),
+        "number": (1.0, 1.0, 1.0, 0.9, 0.4, 0.01),
+        "softmax": (0.0, 1.0, 0.0, 1.0, 1.0, 0.1),
+    }[case.variant.gains]
+    key_start = tensor(B, dtype=torch.int32) if case.variant.has_key_range else None
+    mask = tensor(B, 1, T, T, dtype=torch.bool).expand(B, H, T, T)
+    options = {
+        "is_causal": True,
+        "q_offset": 0,
+        "key_start": key_start,
+        "key_end": key_start,
+        "attn_mask": mask if case.variant.has_mask else None,
+    }
+    learnable = case.variant.gains == "tensor"
+    with _compiling_for(case.arch) as compiled:
+        saved = attention_fwd(q, k, v, residual, gains, **options, save_for_backward=True)
+        attention_bwd(
+            tensor(B, H, T, D),
+            None,
+            q,
+            k,
+            v,
+            residual,
+            gains,
+            saved,
+            **options,
+            needs_residual=residual is not None,
+            needs_gains=learnable,
+            needs_scale=learnable,
+        )
+    # The backward launches the block sums of v a second time, already compiled.
+    first = {}
+    for name, kernel, log in compiled:
+        first.setdefault(_KERNEL_NAMES[name], (kernel, log))
+    return [_row(case, name, kernel, log) for name, (kernel, log) in first.items()]
+
+
+def _row(case: Case, name: str, kernel, log: str) -> Row:
+    config_name = "forward" if name == "value_sums" else name
+    config = configs.pick_config(
+        config_name,
+        case.head_dim,
+        case.head_dim,
+        _DTYPES[case.dtype].itemsize,
+        case.arch,
+        is_weighed=case.variant.has_mask,
+    )
+    if isinstance(case.arch, str):
+        assembly = kernel.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s*(\d+)", assembly)
+        # Scratch memory of one thread: spilled vector registers and anything else on the stack.
+        spills = _number(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
+        instruction, count = "mfma", len(re.findall(r"\bv_mfma_", assembly))
+    else:
+        ptx = kernel.asm["ptx"]
+        registers = _number(r"Used (\d+) registers", log)
+        spills = _number(r"(\d+) bytes spill stores", log) + _number(
+            r"(\d+) bytes spill loads", log
+        )
+        counts = {
+            "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
+            "tcgen05": len(re.findall(r"\btcgen05\.mma", ptx)),
+            "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        }
+        instruction = max(counts, key=counts.get)
+        count = counts[instruction]
+    return Row(
+        arch=str(case.arch),
+        dtype=case.dtype,
+        head_dim=case.head_dim,
+        variant=case.variant.name,
+        kernel=name,
+        block_t=config.block_t,
+        block_s=config.block_s,
+        num_warps=kernel.metadata.num_warps,
+        num_stages=config.num_stages,
+        registers=registers,
+        spills=spills,
+        shared=kernel.metadata.shared,
+        instruction=instruction if count else "none",
+        tensor_core=count,
+        serialized="C7510" in log or "C7512" in log,
+        has_float64=re.search(r"xf64\b|: f64\b", kernel.asm["ttgir"]) is not None,
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.findall(pattern, text)
+    if not found:
+        raise RuntimeError(f"the compiler's output lacks {pattern!r}; it holds:\n{text[-2000:]}")
+    return int(found[-1])
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """Rows that break a gate, in words: spills, shared memory, wgmma, serialisation."""
+    found = []
+    for row in rows:
+        where = f"sm_{row.arch} {row.dtype} D={row.head_dim} {row.variant} {row.kernel}"
+        arch = int(row.arch) if row.arch.isdigit() else row.arch
+        if row.spills:
+            found.append(f"{where}: {row.spills} bytes of spills")
+        if row.shared > SHARED_MEMORY[arch]:
+            found.append(f"{where}: {row.shared} bytes of shared memory > {SHARED_MEMORY[arch]}")
+        if row.has_float64:
+            # A literal below the smallest normal float32 is float64 to Triton.
+            found.append(f"{where}: float64 arithmetic")
+        if row.serialized:
+            found.append(f"{where}: wgmma is serialised")
+        if _needs_wgmma(row) and row.instruction != "wgmma":
+            found.append(f"{where}: no wgmma, {row.instruction} instead")
+    return found
+
+
+def _needs_wgmma(row: Row) -> bool:
+    """Whether a row's tile has the 64 rows that one wgmma takes.
+
+    At D = 256 two accumulators of 64 rows do not fit the registers: the backward and the masked
+    forward use smaller tiles there, and float32 has no wgmma at full precision.
+    """
+    if row.arch != "90" or row.dtype == "fp32" or row.kernel not in ("forward", "dkdv", "dq"):
+        return False
+    return row.head_dim <= 128 or (row.kernel == "forward" and row.variant != "masked")
+
+
+def compile_all(selected: list[Case] | None = None, processes: int | None = None) -> list[Row]:
+    """Compile all (or the selected) cases in parallel; rows in the order of the cases."""
+    selected = list(cases()) if selected is None else selected
+    with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
+        return [row for rows in pool.imap(compile_case, selected) for row in rows]
+
+
+def table_path() -> Path:
+    """Committed table of the installed Triton version."""
+    return Path(__file__).parent / f"compile_table_triton_{triton.__version__}.csv"
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a table as written, all values as text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(rows: list[Row], path: Path) -> None:
+    """Write rows as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def main() -> int:
+    """Compile everything, print failed gates, optionally write the table."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--write", action="store_true", help="rewrite the committed table")
+    parser.add_argument("--output", type=Path, help="write the table here instead")
+    parser.add_argument("--processes", type=int, default=None)
+    arguments = parser.parse_args()
+    rows = compile_all(processes=arguments.processes)
+    if arguments.output or arguments.write:
+        write_table(rows, arguments.output or table_path())
+    found = failures(rows)
+    print(f"{len(rows)} kernels compiled with Triton {triton.__version__}")
+    print("\n".join(found))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

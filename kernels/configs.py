@@ -1,0 +1,170 @@
+"""Launch configurations: a pure function of kernel, head dimension, element size and architecture.
+
+No Triton and no GPU here. The tables name only configurations that `compile_gate` compiles for
+every architecture; sequence length is never a key, so no length causes a recompilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+SUPPORTED_HEAD_DIMS = range(16, 257, 8)
+"""Head dimensions (D of q and k, Dv of v) that the Triton kernels take."""
+
+KERNELS = ("forward", "preprocess", "dkdv", "dq")
+"""Kernels with a configuration: one forward, three backward."""
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile sizes and launch options of one kernel.
+
+    `block_t` query rows and `block_s` keys form one tile of scores. `sum_block` rows of v form one
+    entry of the block sums of v; it is the same for every kernel of a call.
+    """
+
+    block_t: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+    sum_block: int = 64
+
+
+def padded_head_dim(head_dim: int, value_dim: int) -> int:
+    """Smallest power of two that holds both head dimensions: the key of the tables."""
+    largest = max(head_dim, value_dim)
+    return 1 << (largest - 1).bit_length()
+
+
+ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
+"""Architectures with a table of their own; `_table_of` says which one serves the others."""
+
+_override: ContextVar[TileConfig | None] = ContextVar("tile_config", default=None)
+
+
+@contextmanager
+def override_config(config: TileConfig) -> Iterator[None]:
+    """Make every kernel launched inside take `config`, for tests and tuning."""
+    token = _override.set(config)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+_INTERPRETER = TileConfig(block_t=32, block_s=32, num_warps=1, num_stages=1, sum_block=16)
+
+# (block_t, block_s, num_warps, num_stages[, sum_block]) by kernel and by the largest padded head
+# dimension that an entry serves; "weighed" for calls with a mask or a prior. Each is the largest
+# tile tried that compiles without a spill in every variant of the gate; speed is not measured yet.
+_Tiles = dict[str, dict[int, tuple[int, ...]]]
+
+_SM80_16BIT: _Tiles = {
+    "forward": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "forward weighed": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "preprocess": {64: (128, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
+    "dkdv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
+    "dkdv weighed": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
+    "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "dq weighed": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+}
+_SM90_16BIT: _Tiles = {
+    "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
+    "forward weighed": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "preprocess": {64: (128, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
+    "dkdv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "dkdv weighed": {64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "dq weighed": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
+}
+_SM100_16BIT: _Tiles = {
+    "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
+    "forward weighed": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    # Tiles of 64 rows here make Triton 3.6 stop in TritonNvidiaGPUOptimizeTMemLayoutsPass.
+    "preprocess": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
+    "dkdv": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
+    "dkdv weighed": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
+    "dq": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
+    "dq weighed": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
+}
+_GFX942_16BIT: _Tiles = {
+    "forward": {64: (128, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+    "forward weighed": {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
+    "preprocess": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
+    "dkdv": {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 8, 1)},
+    "dkdv weighed": {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 8, 1)},
+    "dq": {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (16, 32, 8, 1)},
+    "dq weighed": {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 8, 1)},
+}
+_CUDA_32BIT: _Tiles = {
+    "forward": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1, 16)},
+    "forward weighed": {64: (32, 32, 8, 2), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+    "preprocess": {64: (32, 64, 8, 1), 128: (16, 64, 8, 1), 256: (16, 64, 8, 1, 16)},
+    "dkdv": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "dkdv weighed": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "dq": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
+    "dq weighed": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
+}
+# Three stages instead of two keep this one kernel free of spills there.
+_SM90_32BIT: _Tiles = _CUDA_32BIT | {
+    "dq": _CUDA_32BIT["dq"] | {256: (16, 16, 8, 3)},
+    "dq weighed": _CUDA_32BIT["dq weighed"] | {256: (16, 16, 8, 3)},
+}
+_GFX942_32BIT: _Tiles = {
+    "forward": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "forward weighed": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "preprocess": {64: (32, 64, 4, 1), 128: (16, 64, 4, 1), 256: (16, 64, 8, 1)},
+    "dkdv": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "dkdv weighed": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "dq": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "dq weighed": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+}
+_TABLES: dict[tuple[int | str, int], _Tiles] = {
+    (80, 2): _SM80_16BIT,
+    (90, 2): _SM90_16BIT,
+    (100, 2): _SM100_16BIT,
+    ("gfx942", 2): _GFX942_16BIT,
+    (80, 4): _CUDA_32BIT,
+    (90, 4): _SM90_32BIT,
+    (100, 4): _CUDA_32BIT,
+    ("gfx942", 4): _GFX942_32BIT,
+}
+
+
+def _table_of(arch: int | str) -> int | str:
+    """Architecture whose table serves `arch`."""
+    if isinstance(arch, str):
+        return "gfx942"
+    if 90 <= arch < 100:
+        return 90
+    # Consumer cards (86, 89, 120) have the instructions of sm_80 and 99 KB of shared memory.
+    return 100 if 100 <= arch < 120 else 80
+
+
+def pick_config(
+    kernel: str,
+    head_dim: int,
+    value_dim: int,
+    itemsize: int,
+    arch: int | str,
+    *,
+    is_weighed: bool,
+) -> TileConfig:
+    """Launch configuration of one kernel.
+
+    kernel: one of KERNELS. itemsize: bytes per element of q, k, v (2 or 4). arch: compute
+    capability as an integer (90), a gfx name, or "interpreter". is_weighed: whether a mask or a
+    prior other than the uniform one weighs the keys, which takes more registers.
+    """
+    override = _override.get()
+    if override is not None:
+        return override
+    if arch == "interpreter":
+        return _INTERPRETER
+    table = _TABLES[_table_of(arch), itemsize]
+    by_width = table[f"{kernel} weighed" if is_weighed and kernel != "preprocess" else kernel]
+    width = max(64, padded_head_dim(head_dim, value_dim))
+    return TileConfig(*by_width[width])

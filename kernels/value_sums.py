@@ -1,0 +1,115 @@
+"""Sums of v over the visible keys of a query tile, from sums over fixed blocks of rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .configs import TileConfig
+from .primitives import cast, dot, head_base, load_tile, visible_keys
+
+_BLOCKS_AT_ONCE = tl.constexpr(16)
+
+
+@triton.jit(do_not_specialize=["HKV", "S"])
+def value_block_sums_kernel(
+    v_ptr,
+    sums_ptr,
+    v_strides,
+    HKV,
+    S,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    blocks = tl.cdiv(S, SUM_BLOCK)
+    pid = tl.program_id(0)
+    pid_s = pid % blocks
+    pid_bh = pid // blocks
+    base = head_base(v_ptr, pid_bh // HKV, pid_bh % HKV, v_strides)
+    # [SUM_BLOCK, BLOCK_DV]
+    v = load_tile(base, pid_s * SUM_BLOCK, S, v_strides[2:], DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
+    # [BLOCK_DV]
+    total = tl.sum(v.to(tl.float32), 0)
+    offs_d = tl.arange(0, BLOCK_DV)
+    tl.store(sums_ptr + tl.cast(pid, tl.int64) * DV + offs_d, total, mask=offs_d < DV)
+
+
+def value_block_sums(v: torch.Tensor, config: TileConfig) -> torch.Tensor:
+    """Sum v (B, Hkv, S, Dv) over blocks of `sum_block` rows.
+
+    Returns float32 (B, Hkv, ceil(S / sum_block), Dv).
+    """
+    B, HKV, S, DV = v.shape
+    blocks = triton.cdiv(S, config.sum_block)
+    sums = torch.empty((B, HKV, blocks, DV), dtype=torch.float32, device=v.device)
+    value_block_sums_kernel[(B * HKV * blocks,)](
+        v,
+        sums,
+        v.stride(),
+        HKV,
+        S,
+        DV=DV,
+        BLOCK_DV=triton.next_power_of_2(DV),
+        SUM_BLOCK=config.sum_block,
+        WIDE=launch.needs_wide_index(config, v),
+        **launch.launch_options(config),
+    )
+    return sums
+
+
+@triton.jit
+def visible_value_sum(
+    v_base,
+    sums_base,
+    row,
+    T,
+    S,
+    key_lo,
+    key_hi,
+    diagonal,
+    v_strides,
+    DV: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    """Sum of v over the keys that each of the rows `row .. row + BLOCK_T - 1` sees.
+
+    Blocks that every row sees come from the block sums; those at the edges of the visible range
+    from a product with ones, which are exact in every dtype.
+    """
+    offs_t = row + tl.arange(0, BLOCK_T)
+    offs_d = tl.arange(0, BLOCK_DV)
+    end = tl.minimum(key_hi, tl.minimum(row + BLOCK_T, T) - 1 + diagonal)
+    first = key_lo // SUM_BLOCK
+    full = tl.cdiv(key_lo, SUM_BLOCK)
+    full_end = tl.maximum(full, tl.minimum(key_hi, row + diagonal) // SUM_BLOCK)
+
+    # [BLOCK_DV]
+    whole = tl.zeros((BLOCK_DV,), tl.float32)
+    for block in tl.range(full, full_end, _BLOCKS_AT_ONCE):
+        offs_b = block + tl.arange(0, _BLOCKS_AT_ONCE)
+        inside = (offs_b < full_end)[:, None] & (offs_d < DV)[None, :]
+        # [_BLOCKS_AT_ONCE, BLOCK_DV]
+        pointers = sums_base + offs_b[:, None].to(tl.int64) * DV + offs_d[None, :]
+        whole += tl.sum(tl.load(pointers, mask=inside, other=0.0), 0)
+
+    # [BLOCK_T, BLOCK_DV]
+    total = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32) + whole[None, :]
+    head_edge = full - first
+    tail_edge = tl.maximum(tl.cdiv(end, SUM_BLOCK) - full_end, 0)
+    for edge in tl.range(0, tl.where(end > key_lo, head_edge + tail_edge, 0)):
+        key = tl.where(edge < head_edge, first + edge, full_end + edge - head_edge) * SUM_BLOCK
+        offs_s = key + tl.arange(0, SUM_BLOCK)
+        # [SUM_BLOCK, BLOCK_DV]
+        v = load_tile(v_base, key, S, v_strides, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
+        # [BLOCK_T, SUM_BLOCK]
+        visible = visible_keys(offs_t[:, None], offs_s[None, :], T, key_lo, key_hi, diagonal)
+        total = dot(cast(visible.to(tl.float32), v.dtype), v, total, DOT_PRECISION)
+    return total

@@ -1,0 +1,432 @@
+"""Relative errors of shaped attention against float64, per dtype, logit scale and implementation.
+
+Beside every error stands that of a composition of torch's own operators in the same dtype: softmax
+attention, minus a mean, plus the other terms. At small logits softmax is close to uniform, and the
+difference of two rounded outputs is mostly rounding; that column shows what centring costs without
+the excess form.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import testing
+from .functional import shaped_attention
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LOGIT_STDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+QUICK_LOGIT_STDS = (0.01, 0.1, 1.0, 10.0)
+MIN_LENGTH = 16
+
+REGIMES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "v mean 3": {"value_mean": 3.0},
+    "k mean 4": {"key_mean": 4.0},
+    "sink key": {"sink": True},
+}
+"""Inputs: centred, with a large mean of v or k, or with one key that draws all attention."""
+
+CENTRED_BUDGET = {"bf16": 3e-3, "fp16": 5e-4, "fp32": 3e-5}
+"""Largest error of the centred term that the Triton kernels may have, in any regime."""
+
+GAIN_NAMES = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
+GRADIENT_NAMES = ("q", "k", "v", "residual", *GAIN_NAMES)
+CENTRED = "centred term"
+OUTPUT = "output"
+QUANTITIES = (CENTRED, OUTPUT, *(f"grad {name}" for name in GRADIENT_NAMES))
+
+# Exact in every dtype, so that no implementation is charged for rounding a gain.
+_GAINS = {
+    "identity_gain": 1.0,
+    "softmax_gain": 1.0,
+    "center_gain": 1.0,
+    "skip_gain": 0.75,
+    "branch_gain": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One cell of the table: ||x - x64|| / ||x64|| of one quantity, and what it may be."""
+
+    impl: str
+    regime: str
+    dtype: str
+    length: int
+    logit_std: float
+    quantity: str
+    error: float
+    composed_error: float
+    budget: float
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the error is within its budget; NaN is not."""
+        return self.error <= self.budget
+
+
+@dataclass(frozen=True)
+class FidelityReport:
+    """All measurements of one run and how they were made."""
+
+    measurements: tuple[Measurement, ...]
+    settings: dict[str, Any]
+    seconds: float
+
+    @property
+    def failures(self) -> tuple[Measurement, ...]:
+        """The measurements that exceed their budget."""
+        return tuple(m for m in self.measurements if not m.is_within)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; numbers that JSON lacks (NaN, infinity) become strings."""
+        rows = [{**asdict(m), "is_within": m.is_within} for m in self.measurements]
+        for row in rows:
+            for key, value in row.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    row[key] = str(value)
+        return {"settings": self.settings, "seconds": self.seconds, "measurements": rows}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Measurements of one implementation, dtype and regime.
+
+    A row is a quantity, a column a standard deviation of the logits.
+    """
+
+    impl: str
+    dtype: str
+    regime: str
+    length: int
+    logit_stds: tuple[float, ...]
+    rows: tuple[tuple[str, tuple[Measurement, ...]], ...]
+
+
+def tables(report: FidelityReport) -> list[Table]:
+    """Group the measurements of a report for printing, in the order in which they were made."""
+    groups: dict[tuple[str, str, str], list[Measurement]] = {}
+    for m in report.measurements:
+        groups.setdefault((m.impl, m.dtype, m.regime), []).append(m)
+    result = []
+    for (impl, dtype, regime), group in groups.items():
+        logit_stds = tuple(dict.fromkeys(m.logit_std for m in group))
+        rows = tuple(
+            (quantity, tuple(m for m in group if m.quantity == quantity))
+            for quantity in dict.fromkeys(m.quantity for m in group)
+        )
+        result.append(Table(impl, dtype, regime, group[0].length, logit_stds, rows))
+    return result
+
+
+def format_error(value: float) -> str:
+    """Two digits, short: 0.0024 as 2.4e-3, 0.031 as 0.031, 2.3 as 2.3."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0.0:
+        return "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    if -2 <= int(exponent) <= 2:
+        return f"{value:.2g}"
+    return f"{mantissa}e{int(exponent)}"
+
+
+def label(quantity: str) -> str:
+    """Name of a quantity as printed: ``grad identity_gain`` without the suffix."""
+    return quantity.removesuffix("_gain")
+
+
+def default_length(impl: str, device: torch.device) -> int:
+    """Sequence length of a check: short where the interpreter runs the kernels."""
+    if impl == "triton" and device.type == "cpu":
+        return 128
+    return 512
+
+
+def measure(
+    impls: Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtypes: Sequence[str] = tuple(DTYPES),
+    logit_stds: Sequence[float] = LOGIT_STDS,
+    regimes: Sequence[str] = tuple(REGIMES),
+    length: int | None = None,
+    heads: int = 2,
+    head_dim: int = 64,
+    seed: int = 0,
+    attention: Callable[..., Tensor] = shaped_attention,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> FidelityReport:
+    """Measure the fidelity of implementations: causal, one batch entry, T = S = ``length``.
+
+    In the regime "plain" every quantity of ``QUANTITIES`` is measured, in the others the centred
+    term, which is what they strain.
+
+    Args:
+        impls: of "triton", "torch", "reference".
+        device: where to run.
+        dtypes: keys of ``DTYPES``.
+        logit_stds: standard deviations of scale q.k.
+        regimes: keys of ``REGIMES``.
+        length: T = S, at least 16. Default: 512, or 128 for Triton's interpreter.
+        heads: number of heads.
+        head_dim: D = Dv.
+        seed: of the inputs.
+        attention: the function under test, with the signature of ``shaped_attention``.
+        on_progress: called with (done, total) after every set of inputs.
+
+    Raises:
+        ValueError: a name is unknown, or the length too short.
+        RuntimeError: "triton" is asked for where the kernels cannot run: nothing else is measured
+            under that name.
+    """
+    device = torch.device(device)
+    _check_names("impls", impls, ("triton", "torch", "reference"))
+    _check_names("dtypes", dtypes, DTYPES)
+    _check_names("regimes", regimes, REGIMES)
+    if length is not None and length < MIN_LENGTH:
+        raise ValueError(
+            f"length must be at least {MIN_LENGTH}, got {length}: with few keys the exact results "
+            "are close to zero, and relative errors mean nothing. Choose a longer one."
+        )
+    if "triton" in impls:
+        _check_kernels_run()
+    start = time.perf_counter()
+    points = [
+        (impl, dtype, regime, logit_std)
+        for impl in impls
+        for dtype in dtypes
+        for regime in regimes
+        for logit_std in logit_stds
+    ]
+    found: list[Measurement] = []
+    for done, (impl, dtype, regime, logit_std) in enumerate(points, 1):
+        size = default_length(impl, device) if length is None else length
+        case = testing.Case(
+            batch=1,
+            heads=heads,
+            queries=size,
+            head_dim=head_dim,
+            dtype=DTYPES[dtype],
+            is_causal=True,
+            residual_dtype=DTYPES[dtype],
+        )
+        inputs = testing.make_inputs(case, logit_std=logit_std, seed=seed, **REGIMES[regime])
+        problem = _Problem(inputs, case.scale, device, seed)
+        rows = [(CENTRED, *problem.centred_errors(attention, impl, dtype))]
+        if regime == "plain":
+            rows.extend(problem.gradient_errors(attention, impl))
+        found.extend(
+            Measurement(impl, regime, dtype, size, logit_std, *row)
+            for row in rows  # quantity, error, composed_error, budget
+        )
+        if on_progress is not None:
+            on_progress(done, len(points))
+    settings = {
+        "device": str(device),
+        "heads": heads,
+        "head_dim": head_dim,
+        "is_causal": True,
+        "seed": seed,
+    }
+    return FidelityReport(tuple(found), settings, time.perf_counter() - start)
+
+
+def _check_names(name: str, values: Sequence[str], known) -> None:
+    for value in values:
+        if value not in known:
+            raise ValueError(
+                f"{name} must hold names from {', '.join(map(repr, known))}, got {value!r}; "
+                "correct or drop it"
+            )
+
+
+def _check_kernels_run() -> None:
+    from .environment import kernel_availability
+
+    kernels = kernel_availability()
+    if not kernels["available"]:
+        raise RuntimeError(f'impl "triton" cannot run here: {kernels["reason"]}')
+
+
+class _Problem:
+    """One set of inputs, its float64 results, and the errors of implementations against them."""
+
+    def __init__(
+        self, inputs: testing.Inputs, scale: float, device: torch.device, seed: int
+    ) -> None:
+        tensors = {name: x.to(device) for name, x in inputs._asdict().items()}
+        self.dtype = inputs.q.dtype
+        self.scale = scale
+        # Gains are parameters: float32 also beside inputs of 16 bits.
+        self.tensors = tensors | {
+            name: torch.full((inputs.q.shape[1],), value, device=device)
+            for name, value in {**_GAINS, "scale": scale}.items()
+        }
+        self.double = {name: x.double() for name, x in self.tensors.items()}
+        generator = torch.Generator().manual_seed(seed + 1)
+        upstream = torch.randn(inputs.residual.shape, generator=generator)
+        self.upstream = upstream.to(device=device, dtype=self.dtype)
+        self.mean = _prefix_mean(self.double["v"])
+        q, k, v = (self.double[name] for name in "qkv")
+        self.centred = _attend_centred(shaped_attention, "reference", q, k, v, scale)
+
+    def centred_errors(
+        self, attention: Callable[..., Tensor], impl: str, dtype: str
+    ) -> tuple[float, float, float]:
+        """Error of the centred term, that of the composition, and the budget."""
+        q, k, v = (self.tensors[name] for name in "qkv")
+        actual = _attend_centred(attention, impl, q, k, v, self.scale)
+        composed = _softmax(q, k, v, self.scale) - _prefix_mean(v)
+        if impl == "triton":
+            budget = CENTRED_BUDGET[dtype]
+        else:
+            budget = testing.rounding_error(self.dtype) + self._float32_error()
+        return (
+            testing.relative_error(actual, self.centred),
+            testing.relative_error(composed, self.centred),
+            budget,
+        )
+
+    def _float32_error(self) -> float:
+        """Relative error of the centred term that float32 arithmetic has to be granted.
+
+        Two terms of the size of the mean are subtracted, so their rounding counts relative to what
+        is left. And a logit of size L is off by L roundings, which changes its weight by as much:
+        relative to deviations of the weights that are themselves of the size of the logits'
+        standard deviation, or 1 where that is larger.
+        """
+        q, k = self.double["q"], self.double["k"]
+        logits = self.scale * q @ k.mT
+        spread = logits.std(-1).mean().clamp(max=1.0)
+        condition = (
+            1 + self.mean.norm() / self.centred.norm() + logits.square().mean().sqrt() / spread
+        )
+        return 8 * testing.rounding_error(torch.float32) * condition.item()
+
+    def gradient_errors(
+        self, attention: Callable[..., Tensor], impl: str
+    ) -> Iterator[tuple[str, float, float, float]]:
+        """(quantity, error, error of the composition, budget) of the output and each gradient."""
+        differentiate = testing.forward_backward
+        causal = {"is_causal": True}
+        golden = differentiate(
+            shaped_attention, self.double, self.upstream, impl="reference", **causal
+        )
+        actual = differentiate(attention, self.tensors, self.upstream, impl=impl, **causal)
+        composed = differentiate(_composed, self.tensors, self.upstream)
+        # Eager torch in one dtype throughout: the yardstick of the budgets.
+        narrow = {name: x.to(self.dtype) for name, x in self.tensors.items()}
+        narrow["scale"] = self.tensors["scale"]
+        eager = differentiate(testing.eager_attention, narrow, self.upstream, **causal)
+        rounding = self._gain_roundings(golden, eager)
+        for name, exact in golden.items():
+            budget = 2 * testing.relative_error(eager[name], exact)
+            # The rounding of the result, and eight of float32 on the way.
+            budget += rounding.get(
+                name,
+                testing.rounding_error(self.dtype) + 8 * testing.rounding_error(torch.float32),
+            )
+            yield (
+                OUTPUT if name == "out" else name,
+                testing.relative_error(actual[name], exact),
+                testing.relative_error(composed[name], exact),
+                budget,
+            )
+
+    def _gain_roundings(
+        self, golden: dict[str, Tensor], eager: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """Relative error of the gradients of the gains that follows from that of their terms.
+
+        Each of these gradients is one sum over all rows and channels of a head, of ``upstream *
+        term``, or of ``q * dq`` for the scale. An error e in every summand, with random signs,
+        moves the sum by e ||summands|| / |sum|, and by three times that if luck is bad; e is one
+        rounding and what eager torch makes of the term.
+        """
+        double, eager_terms = self._terms(self.double), self._terms(self.tensors, self.dtype)
+        double["scale"], eager_terms["scale"] = golden["grad q"], eager["grad q"]
+        upstream = dict.fromkeys(_GAINS, self.upstream.double())
+        upstream["scale"] = self.double["q"]
+        found = {}
+        for name, term in double.items():
+            error = testing.relative_error(eager_terms[name], term)
+            error += testing.rounding_error(self.dtype)
+            total = (upstream[name] * term).sum((0, 2, 3)).norm()
+            condition = (upstream[name] * term).norm() / total
+            found[f"grad {name}"] = 3 * error * condition.item()
+        return found
+
+    def _terms(
+        self, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float64
+    ) -> dict[str, Tensor]:
+        """What the gains multiply, computed by eager torch in one dtype."""
+        q, k, v, residual = (tensors[name].to(dtype) for name in ("q", "k", "v", "residual"))
+        off = dict.fromkeys(("identity_gain", "softmax_gain", "center_gain"), 0.0)
+
+        def attend(**gains: float) -> Tensor:
+            return testing.eager_attention(
+                q, k, v, scale=self.scale, is_causal=True, **{**off, **gains}
+            )
+
+        return {
+            "identity_gain": v,
+            "softmax_gain": attend(softmax_gain=1.0),
+            "center_gain": attend(center_gain=1.0),
+            "skip_gain": residual,
+            "branch_gain": attend(**{name: _GAINS[name] for name in off}),
+        }
+
+
+def _attend_centred(
+    attention: Callable[..., Tensor], impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Tensor:
+    """Softmax minus mean alone: what the operator returns is the centred term."""
+    return attention(
+        q,
+        k,
+        v,
+        identity_gain=0.0,
+        softmax_gain=1.0,
+        center_gain=1.0,
+        scale=scale,
+        is_causal=True,
+        impl=impl,
+    )
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+
+def _prefix_mean(v: Tensor) -> Tensor:
+    """Mean of the values up to each row, summed in at least float32 and rounded once."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    count = torch.arange(1, v.shape[-2] + 1, dtype=wide, device=v.device)
+    return (v.to(wide).cumsum(-2) / count[:, None]).to(v.dtype)
+
+
+def _composed(
+    q: Tensor, k: Tensor, v: Tensor, residual: Tensor, *, scale: Tensor, **gains: Tensor
+) -> Tensor:
+    """What one writes without a fused operator: torch's attention and a mean, in the dtype of q.
+
+    As favourable as it can be: the mean is summed in float32, and a learnable scale costs no
+    rounding.
+    """
+    constant = scale.detach()
+    # A factor of exactly 1 that carries the gradient.
+    q = q * (scale / constant).to(q.dtype)[:, None, None]
+    weight = {name: gain.to(v.dtype)[:, None, None] for name, gain in gains.items()}
+    branch = weight["softmax_gain"] * _softmax(q, k, v, constant[0].item())
+    branch = branch - weight["center_gain"] * _prefix_mean(v)
+    branch = branch + weight["identity_gain"] * v
+    return weight["skip_gain"] * residual + weight["branch_gain"] * branch

@@ -1,0 +1,410 @@
+"""Inputs, error budgets and memory poisoning for tests, benchmarks and fidelity reports.
+
+The oracle is ``impl="reference"`` on float64 copies of the inputs. What error is allowed beside it
+follows from the error that eager torch makes in the input dtype (`eager_attention`) plus the
+rounding of the result, never from a constant that happened to pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arguments import Gains
+from .functional import shaped_attention
+
+_DTYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, dtypes and visibility of one call of `shaped_attention`.
+
+    Attributes:
+        batch, heads, kv_heads, queries, keys, head_dim, value_dim: B, H, Hkv, T, S, D, Dv. None,
+            the default of the last four but for T and D, is the size they are tied to: Hkv = H, S =
+                T, Dv = D.
+        dtype: of q, k and v.
+        is_causal, q_offset: as in `shaped_attention`.
+        padding: "left", "right" or "both": key_start and key_end that differ between batch entries,
+            the first of which has no padding.
+        mask: "random" (B, H, T, S), "keys" (B, 1, 1, S), or "rows" (T, S), where row 0 sees no key.
+        residual_dtype: of the residual; None for no residual.
+    """
+
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int | None = None
+    queries: int = 64
+    keys: int | None = None
+    head_dim: int = 32
+    value_dim: int | None = None
+    dtype: torch.dtype = torch.float32
+    is_causal: bool = False
+    q_offset: int | None = None
+    padding: str | None = None
+    mask: str | None = None
+    residual_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in the sizes that are tied to others."""
+        for name, tied in (("kv_heads", "heads"), ("keys", "queries"), ("value_dim", "head_dim")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self, tied))
+        for name, allowed in (
+            ("padding", (None, "left", "right", "both")),
+            ("mask", (None, "random", "keys", "rows")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {allowed}, got {getattr(self, name)!r}. Correct it."
+                )
+
+    @property
+    def id(self) -> str:
+        """A name for the case, such as ``B2-T111-S130-H4-HKV2-D64-DV32-bf16-causal``."""
+        parts = [f"B{self.batch}", f"T{self.queries}"]
+        parts += [f"S{self.keys}"] if self.keys != self.queries else []
+        parts += [f"H{self.heads}"]
+        parts += [f"HKV{self.kv_heads}"] if self.kv_heads != self.heads else []
+        parts += [f"D{self.head_dim}"]
+        parts += [f"DV{self.value_dim}"] if self.value_dim != self.head_dim else []
+        parts += [_DTYPE_NAMES[self.dtype]]
+        parts += ["causal"] if self.is_causal else []
+        parts += [f"offset{self.q_offset}"] if self.q_offset is not None else []
+        parts += [f"pad_{self.padding}"] if self.padding else []
+        parts += [f"mask_{self.mask}"] if self.mask else []
+        parts += [f"res_{_DTYPE_NAMES[self.residual_dtype]}"] if self.residual_dtype else []
+        return "-".join(parts)
+
+    @property
+    def scale(self) -> float:
+        """The default scale of `shaped_attention` for these sizes."""
+        return 1.0 / (self.head_dim * math.sqrt(self.heads))
+
+    @property
+    def has_own_keys(self) -> bool:
+        """Whether every query has a key at its own position, as the identity term needs."""
+        offset = self.keys - self.queries if self.q_offset is None else self.q_offset
+        return self.queries == 0 or (offset >= 0 and offset + self.queries <= self.keys)
+
+
+class Inputs(NamedTuple):
+    """The floating tensors of one call; ``residual`` is None if the case has none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    residual: Tensor | None
+
+
+def make_inputs(
+    case: Case,
+    *,
+    logit_std: float = 1.0,
+    value_mean: float = 0.0,
+    key_mean: float = 0.0,
+    sink: bool = False,
+    scale: float | None = None,
+    seed: int = 0,
+) -> Inputs:
+    """Draw normal inputs on the CPU, rounded to the dtypes of the case.
+
+    Args:
+        case: sizes and dtypes.
+        logit_std: standard deviation of ``scale * q.k`` over the keys of a row.
+        value_mean: mean of v; its standard deviation is 1.
+        key_mean: mean of k, whose standard deviation is 1. If it is not 0, q has a mean as large as
+            its standard deviation, so that all logits share an offset of about
+            ``logit_std * key_mean * sqrt(D / 2)``.
+        sink: give key 0 a logit of about 8 with every query.
+        scale: the scale the logits will be multiplied by; None is the default of
+            `shaped_attention`.
+        seed: of a generator of its own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+    scale = case.scale if scale is None else scale
+    q_std = logit_std / (abs(scale) * math.sqrt(case.head_dim))
+    q = normal(case.batch, case.heads, case.queries, case.head_dim)
+    k = normal(case.batch, case.kv_heads, case.keys, case.head_dim)
+    v = normal(case.batch, case.kv_heads, case.keys, case.value_dim) + value_mean
+    residual = None
+    if case.residual_dtype is not None:
+        residual = normal(case.batch, case.heads, case.queries, case.value_dim)
+        residual = residual.to(case.residual_dtype)
+    if key_mean:
+        q = (q + 1) / math.sqrt(2)
+        k = k + key_mean
+    q = q * q_std
+    if sink and case.keys > 0:
+        # Channel 0 is for the sink alone.
+        strength = max(math.sqrt(8 / abs(scale)), 4 * q_std)
+        q[..., 0] += strength
+        k[..., 0] = 0
+        k[:, :, 0, 0] = 8 / (scale * strength)
+    return Inputs(q.to(case.dtype), k.to(case.dtype), v.to(case.dtype), residual)
+
+
+def make_options(
+    case: Case, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Return the keyword arguments of `shaped_attention` that say which keys are visible."""
+    generator = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"is_causal": case.is_causal, "q_offset": case.q_offset}
+    entry = torch.arange(case.batch)
+    third = -(-case.keys // 3)
+    if case.padding in ("left", "both"):
+        options["key_start"] = (entry * third).clamp(max=case.keys).to(device)
+    if case.padding in ("right", "both"):
+        options["key_end"] = (case.keys - entry * third).clamp(min=0).to(device)
+    shape = {
+        "random": (case.batch, case.heads, case.queries, case.keys),
+        "keys": (case.batch, 1, 1, case.keys),
+        "rows": (case.queries, case.keys),
+        None: None,
+    }[case.mask]
+    if shape is not None:
+        mask = torch.rand(shape, generator=generator) < 0.7
+        if case.mask == "rows":
+            mask[:1] = False
+        options["attn_mask"] = mask.to(device)
+    return options
+
+
+def eager_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    q_offset: int | None = None,
+    is_causal: bool = False,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    return_lse: bool = False,
+    **gains: float | Tensor,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `shaped_attention` in eager torch with every intermediate in the dtype of q.
+
+    Its error against float64 is the yardstick of `assert_within_budget`. Gains are given by their
+    names in `shaped_attention`; arguments are not checked.
+    """
+    if scale is None:
+        scale = 1.0 / (q.shape[3] * math.sqrt(q.shape[1]))
+    out, lse = reference.attention(
+        q,
+        k,
+        v,
+        residual,
+        Gains(scale=scale, **{name.removesuffix("_gain"): gain for name, gain in gains.items()}),
+        is_causal=is_causal,
+        q_offset=k.shape[2] - q.shape[2] if q_offset is None else q_offset,
+        key_start=key_start,
+        key_end=key_end,
+        attn_mask=None if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2]),
+        compute_dtype=q.dtype,
+    )
+    return (out, lse) if return_lse else out
+
+
+def forward_backward(
+    function: Callable[..., Tensor | tuple[Tensor, Tensor]],
+    tensors: Mapping[str, Tensor | None],
+    d_out: Tensor,
+    d_lse: Tensor | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Call ``function(**tensors, **options)`` and differentiate it.
+
+    Args:
+        function: returns ``out``, or ``(out, lse)``.
+        tensors: the floating arguments by name; a gradient is taken for each that is not None.
+        d_out: gradient of ``out``.
+        d_lse: gradient of ``lse``; None if the function returns ``out`` alone or lse is not
+            differentiated. Rows whose lse is infinite get the gradient 0.
+        options: further arguments.
+
+    Returns:
+        ``out``, ``lse`` if returned, and ``grad NAME`` for every tensor, all detached.
+    """
+    leaves = {
+        name: None if x is None else x.detach().clone().requires_grad_()
+        for name, x in tensors.items()
+    }
+    result = function(**leaves, **options)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    outputs, cotangents = [out], [d_out.to(out)]
+    found = {"out": out.detach()}
+    if lse is not None:
+        found["lse"] = lse.detach()
+        if d_lse is not None:
+            outputs.append(lse)
+            cotangents.append(torch.where(lse.isfinite(), d_lse.to(lse), 0))
+    inputs = {name: x for name, x in leaves.items() if x is not None}
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), cotangents)
+    found.update((f"grad {name}", g) for name, g in zip(inputs, gradients, strict=True))
+    return found
+
+
+def gain_conditions(
+    tensors: Mapping[str, Tensor | None],
+    d_out: Tensor,
+    golden: Mapping[str, Tensor],
+    **options: Any,
+) -> dict[str, float]:
+    """Return how much more than its terms the gradient of each gain is rounded, relative to itself.
+
+    That gradient is one sum over a head, or over all heads, of terms of both signs. With every term
+    off by a relative error e, the sum is off by at most e times the condition number ::
+
+        || |d_out| |d out / d gain| ||  /  || grad gain ||        (the sums without their signs)
+
+    Multiply the ``rounding`` of `assert_within_budget` by it.
+
+    Args:
+        tensors: arguments by name, as for `forward_backward`; a condition number is returned for
+            each that is a gain or the scale, as ``grad NAME``.
+        d_out: gradient of ``out``.
+        golden: the float64 result of `forward_backward` for these tensors.
+        options: further arguments of `shaped_attention`.
+    """
+    double = {name: None if x is None else x.detach().double() for name, x in tensors.items()}
+    d_out = d_out.double()
+    options = options | {"impl": "reference", "return_lse": False}
+    found = {}
+    for name, gain in double.items():
+        if name == "scale":
+            per_head = gain.reshape(-1, 1, 1)
+            terms = double["q"] * golden["grad q"] / per_head
+        elif name.endswith("_gain"):
+            # out is linear in every gain.
+            more = shaped_attention(**{**double, name: gain + 1}, **options)
+            terms = d_out * (more - shaped_attention(**double, **options))
+        else:
+            continue
+        total = terms.abs().sum((0, 2, 3))
+        total = total.sum() if gain.ndim == 0 else total
+        size = golden[f"grad {name}"].double().norm()
+        found[f"grad {name}"] = (total.norm() / size).item() if size > 0 else 1.0
+    return found
+
+
+def relative_error(actual: Tensor, golden: Tensor) -> float:
+    """Return ``||actual - golden|| / ||golden||`` in the 2-norm; 0 if equal, even if zero."""
+    golden = golden.detach().double()
+    actual = actual.detach().to(golden)
+    difference, size = (actual - golden).norm().item(), golden.norm().item()
+    if difference == 0.0:
+        return 0.0
+    return difference / size if size > 0.0 else math.inf
+
+
+def largest_error(actual: Tensor, golden: Tensor) -> float:
+    """Return ``max |actual - golden| / max |golden|``; 0 if equal, even if zero."""
+    if actual.numel() == 0:
+        return 0.0
+    golden = golden.detach().double()
+    actual = actual.detach().to(golden)
+    difference, size = (actual - golden).abs().max().item(), golden.abs().max().item()
+    if difference == 0.0:
+        return 0.0
+    return difference / size if size > 0.0 else math.inf
+
+
+def rounding_error(dtype: torch.dtype) -> float:
+    """Return the largest relative error of one rounding to ``dtype``."""
+    return torch.finfo(dtype).eps / 2
+
+
+def assert_within_budget(
+    actual: Tensor,
+    golden: Tensor,
+    eager: Tensor,
+    *,
+    factor: float,
+    name: str,
+    rounding: float | None = None,
+) -> None:
+    """Check ``error(actual) <= factor * error(eager) + rounding``.
+
+    It has to hold for the error of the whole (`relative_error`) and of the worst element
+    (`largest_error`), both against ``golden``.
+
+    Args:
+        actual: the result under test.
+        golden: the float64 result for the same inputs.
+        eager: the result of `eager_attention` or other eager torch in the input dtype.
+        factor: how many times the error of eager torch is allowed; fixed per quantity.
+        name: of the quantity, for the message.
+        rounding: relative error allowed beside it; None is one rounding to the dtype of ``actual``,
+            plus eight to float32 for arithmetic that takes place there. Derive any other value.
+
+    Raises:
+        AssertionError: shapes differ, a value is not finite where that of ``golden`` is, or an
+            error is over budget. The message gives error and budget.
+    """
+    if actual.shape != golden.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)} is not {tuple(golden.shape)}")
+    if rounding is None:
+        wide = torch.promote_types(actual.dtype, torch.float32)
+        rounding = rounding_error(actual.dtype) + 8 * rounding_error(wide)
+    finite = golden.isfinite()
+    if not torch.equal(actual[~finite].to(golden), golden[~finite]):
+        raise AssertionError(f"{name}: infinite elements differ")
+    actual, golden, eager = actual[finite], golden[finite], eager[finite]
+    for norm, measure in (("relative", relative_error), ("largest", largest_error)):
+        error, baseline = measure(actual, golden), measure(eager, golden)
+        budget = factor * baseline + rounding
+        if not error <= budget:  # catches NaN as well
+            raise AssertionError(
+                f"{name}: {norm} error {error:.3g} is over the budget {budget:.3g} = "
+                f"{factor:g} x {baseline:.3g} (eager, input dtype) + {rounding:.3g} (rounding)"
+            )
+
+
+@contextmanager
+def poison_empty() -> Iterator[None]:
+    """Make ``empty`` memory read as NaN until written, integers as a huge number.
+
+    A kernel that reads, or leaves, memory it has not written then shows it. Applies to
+    ``torch.empty``, ``torch.empty_like``, ``torch.empty_strided`` and ``Tensor.new_empty``.
+    """
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            x = allocate(*args, **kwargs)
+            with torch.no_grad():
+                if x.is_floating_point():
+                    x.fill_(torch.nan)
+                elif x.dtype != torch.bool and not x.is_complex():
+                    x.fill_(torch.iinfo(x.dtype).max)
+            return x
+
+        return wrapper
+
+    with (
+        mock.patch.object(torch, "empty", poisoned(torch.empty)),
+        mock.patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+        mock.patch.object(torch, "empty_strided", poisoned(torch.empty_strided)),
+        mock.patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
+    ):
+        yield

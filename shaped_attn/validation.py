@@ -1,0 +1,456 @@
+"""Argument checks of :func:`shaped_attn.shaped_attention`.
+
+Every message names the argument, the rule, the value given and the remedy. Nothing here reads the
+values of a Tensor, so the checks neither wait for a device nor break a ``torch.compile`` graph.
+TypeError is for a wrong Python type or dtype, ValueError for everything else.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from numbers import Real
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .arguments import Gain
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fail(error: type[Exception], argument: str, rule: str, got: object, remedy: str) -> NoReturn:
+    """Raise ``error`` in the one wording that all checks share."""
+    raise error(f"{argument} {rule}, got {got}. {remedy}")
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> None:
+    """Check that the main arguments are dense tensors of rank 4 and of a floating dtype."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("residual", residual)):
+        if x is None and name == "residual":
+            continue
+        if not isinstance(x, Tensor):
+            fail(TypeError, name, "must be a torch.Tensor", type(x).__name__, "Pass a tensor.")
+        if x.layout != torch.strided or x.is_nested:
+            fail(
+                TypeError,
+                name,
+                "must be a dense (strided) tensor",
+                "a nested tensor" if x.is_nested else x.layout,
+                "Pad it to a dense tensor and give key_start and key_end.",
+            )
+        if x.dtype not in INPUT_DTYPES:
+            fail(
+                TypeError,
+                name,
+                "must be float16, bfloat16, float32 or float64",
+                x.dtype,
+                f"Convert it, for example with {name}.to(torch.float32).",
+            )
+        if x.ndim != 4:
+            fail(
+                ValueError,
+                name,
+                f"must have the 4 dimensions {_LAYOUT[name]}",
+                f"shape {_shape(x)}",
+                "Add or merge dimensions; a single sequence of one head is (1, 1, T, D).",
+            )
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> None:
+    """Check sizes, dtypes and devices of the main arguments against each other."""
+    batch, heads, queries, head_dim = q.shape
+    kv_heads, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    for name, x, axis, what in (
+        ("q", q, 1, "head"),
+        ("k", k, 1, "head"),
+        ("q", q, 3, "channel (D)"),
+        ("v", v, 3, "channel (Dv)"),
+    ):
+        if x.shape[axis] < 1:
+            fail(
+                ValueError,
+                name,
+                f"must have at least one {what}",
+                f"shape {_shape(x)}",
+                "Only the batch size, T and S may be 0.",
+            )
+    if k.shape[0] != batch or v.shape[0] != batch:
+        fail(
+            ValueError,
+            "k and v",
+            f"must have the batch size of q, {batch}",
+            f"shapes {_shape(k)} and {_shape(v)}",
+            "Expand them to it; the batch dimension does not broadcast.",
+        )
+    if v.shape[1] != kv_heads or v.shape[2] != keys:
+        fail(
+            ValueError,
+            "v",
+            f"must have the heads and keys of k, (B, {kv_heads}, {keys}, Dv)",
+            f"shape {_shape(v)}",
+            "Give each key exactly one value per head.",
+        )
+    if k.shape[3] != head_dim:
+        fail(
+            ValueError,
+            "k",
+            f"must have the head dimension of q, {head_dim}",
+            f"shape {_shape(k)}",
+            "Project q and k to the same head dimension.",
+        )
+    if heads % kv_heads != 0:
+        fail(
+            ValueError,
+            "k",
+            f"must have a number of heads that divides that of q, {heads}",
+            f"{kv_heads} heads",
+            "Use as many key-value heads as query heads, or a divisor of it (grouped-query heads).",
+        )
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            fail(
+                TypeError,
+                name,
+                f"must have the dtype of q, {q.dtype}",
+                x.dtype,
+                f"Convert it with {name}.to(q.dtype), or run under torch.autocast.",
+            )
+        _check_device(name, x, q)
+    if residual is None:
+        return
+    if tuple(residual.shape) != (batch, heads, queries, value_dim):
+        fail(
+            ValueError,
+            "residual",
+            f"must have the shape of the output, ({batch}, {heads}, {queries}, {value_dim})",
+            f"shape {_shape(residual)}",
+            "Reshape or expand it to (B, H, T, Dv).",
+        )
+    if torch.promote_types(q.dtype, residual.dtype) != residual.dtype:
+        fail(
+            TypeError,
+            "residual",
+            f"must have the dtype of q, {q.dtype}, or one that holds all its values",
+            residual.dtype,
+            "Convert it with residual.to(q.dtype) or residual.float().",
+        )
+    _check_device("residual", residual, q)
+
+
+def check_gain(name: str, gain: Gain, q: Tensor) -> Gain:
+    """Check one gain, or the scale: a finite number, or a Tensor of shape () or (H,). Return it."""
+    heads = q.shape[1]
+    if isinstance(gain, Tensor):
+        if not gain.is_floating_point():
+            fail(
+                TypeError,
+                name,
+                "as a Tensor must have a floating dtype",
+                gain.dtype,
+                f"Convert it with {name}.float().",
+            )
+        if gain.ndim > 1 or (gain.ndim == 1 and gain.shape[0] != heads):
+            fail(
+                ValueError,
+                name,
+                f"as a Tensor must have shape () or (H,) = ({heads},)",
+                f"shape {_shape(gain)}",
+                "Give one value, or one value per query head.",
+            )
+        _check_device(name, gain, q)
+        return gain
+    # bool is an int to Python; here it is a mistake, such as an argument in the wrong place.
+    if isinstance(gain, bool) or not isinstance(gain, (float, int, Real)):
+        fail(
+            TypeError,
+            name,
+            "must be a number or a Tensor of shape () or (H,)",
+            _describe(gain),
+            "Pass a float, or a Tensor to learn it.",
+        )
+    gain = float(gain)
+    # Not math.isfinite, which torch.compile cannot trace for a float that varies between calls.
+    if not -math.inf < gain < math.inf:
+        fail(ValueError, name, "must be finite", gain, "Pass a finite number.")
+    return gain
+
+
+def check_residual_gain(skip_gain: Gain, residual: Tensor | None) -> None:
+    """Check that a skip gain has a residual to act on."""
+    if residual is None and (isinstance(skip_gain, Tensor) or skip_gain != 1.0):
+        fail(
+            ValueError,
+            "skip_gain",
+            "acts on residual, which is None, so it must keep its default 1.0",
+            _describe(skip_gain),
+            "Pass residual, or leave skip_gain out.",
+        )
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Check a True/False argument."""
+    if not isinstance(value, bool):
+        fail(
+            TypeError,
+            name,
+            "must be True or False",
+            _describe(value),
+            "Pass a bool.",
+        )
+
+
+def check_q_offset(q_offset: int | None, q: Tensor, k: Tensor) -> int:
+    """Return the key position of the first query: ``q_offset``, or S - T if it is None."""
+    if q_offset is None:
+        return k.shape[2] - q.shape[2]
+    if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
+        fail(
+            TypeError,
+            "q_offset",
+            "must be an int or None",
+            _describe(q_offset),
+            "Pass the key position of the first query as a Python int; None means S - T.",
+        )
+    return q_offset
+
+
+def check_identity(identity_gain: Gain, q: Tensor, k: Tensor, q_offset: int) -> None:
+    """Check that every query has a key at its own position if the identity term is in use."""
+    if not isinstance(identity_gain, Tensor) and identity_gain == 0.0:
+        return
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == 0:
+        return
+    if q_offset < 0 or q_offset + queries > keys:
+        fail(
+            ValueError,
+            "identity_gain",
+            "other than 0.0 needs a key at the position of every query, "
+            f"0 <= q_offset + i < S = {keys} for i < T = {queries}",
+            f"{_describe(identity_gain)} with queries at {q_offset} to {q_offset + queries - 1}",
+            "Set identity_gain=0.0, or choose q_offset between 0 and S - T.",
+        )
+
+
+def check_key_range(name: str, bound: Tensor | None, q: Tensor) -> None:
+    """Check ``key_start`` or ``key_end``."""
+    if bound is None:
+        return
+    if not isinstance(bound, Tensor):
+        fail(
+            TypeError,
+            name,
+            "must be a Tensor of shape (B,) or None",
+            _describe(bound),
+            "Pass torch.tensor([...], device=q.device) with one key index per batch entry.",
+        )
+    if bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool:
+        fail(
+            TypeError,
+            name,
+            "must have an integer dtype",
+            bound.dtype,
+            f"Convert it with {name}.to(torch.int32); a bool mask of keys goes to attn_mask.",
+        )
+    if bound.ndim != 1 or bound.shape[0] != q.shape[0]:
+        fail(
+            ValueError,
+            name,
+            f"must have shape (B,) = ({q.shape[0]},)",
+            f"shape {_shape(bound)}",
+            "Give one key index per batch entry.",
+        )
+    _check_device(name, bound, q)
+
+
+def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Check the mask and return it as a view of shape (B, H, T, S)."""
+    if attn_mask is None:
+        return None
+    if not isinstance(attn_mask, Tensor):
+        fail(
+            TypeError,
+            "attn_mask",
+            "must be a bool Tensor or None",
+            type(attn_mask).__name__,
+            "Pass a tensor that is True where a query sees a key.",
+        )
+    if attn_mask.dtype != torch.bool:
+        fail(
+            TypeError,
+            "attn_mask",
+            "must have dtype torch.bool, True where a query sees a key",
+            attn_mask.dtype,
+            "Convert an additive mask with attn_mask == 0, a 0/1 mask with attn_mask.bool().",
+        )
+    batch, heads, queries, _ = q.shape
+    target = (batch, heads, queries, k.shape[2])
+    shape = tuple(attn_mask.shape)
+    fits = len(shape) <= 4 and all(
+        size == 1 or size == wanted
+        for size, wanted in zip(reversed(shape), reversed(target), strict=False)
+    )
+    if not fits:
+        fail(
+            ValueError,
+            "attn_mask",
+            f"must broadcast to (B, H, T, S) = {_sizes(target)}",
+            f"shape {_shape(attn_mask)}",
+            "Add dimensions of size 1; a mask of keys per batch entry is mask[:, None, None, :].",
+        )
+    _check_device("attn_mask", attn_mask, q)
+    return attn_mask.expand(target)
+
+
+def check_prior(prior: object, impl: str, q: Tensor, k: Tensor) -> Tensor | None:
+    """Check the prior: None, or the log of the prior matrix for the reference implementation."""
+    if prior is None:
+        return None
+    if not isinstance(prior, Tensor):
+        fail(
+            TypeError,
+            "prior",
+            "must be None (uniform) or a Tensor with the log of the prior matrix",
+            type(prior).__name__,
+            "Leave it out for the uniform prior.",
+        )
+    if impl != "reference":
+        fail(
+            ValueError,
+            "prior",
+            "as a Tensor is supported by impl='reference' only",
+            f"impl={impl!r}",
+            "Pass impl='reference', or leave prior out for the uniform prior.",
+        )
+    if not prior.is_floating_point():
+        fail(
+            TypeError,
+            "prior",
+            "as a Tensor must have a floating dtype",
+            prior.dtype,
+            "Pass the natural logarithm of the prior weights, -inf for weight 0.",
+        )
+    target = (q.shape[1], q.shape[2], k.shape[2])
+    shape = tuple(prior.shape)
+    if len(shape) > 3 or any(
+        size not in (1, wanted)
+        for size, wanted in zip(reversed(shape), reversed(target), strict=False)
+    ):
+        fail(
+            ValueError,
+            "prior",
+            f"as a Tensor must broadcast to (H, T, S) = {_sizes(target)}",
+            f"shape {_shape(prior)}",
+            "A prior shared by all heads is (T, S).",
+        )
+    _check_device("prior", prior, q)
+    return prior
+
+
+def resolve_impl(impl: str, q: Tensor, v: Tensor) -> str:
+    """Return the implementation to run, "triton", "torch" or "reference", if it can run this."""
+    if not isinstance(impl, str):
+        fail(
+            TypeError,
+            "impl",
+            f"must be one of {', '.join(map(repr, IMPLEMENTATIONS))}",
+            _describe(impl),
+            "Leave it out to choose by device.",
+        )
+    if impl not in IMPLEMENTATIONS:
+        fail(
+            ValueError,
+            "impl",
+            f"must be one of {', '.join(map(repr, IMPLEMENTATIONS))}",
+            repr(impl),
+            "Leave it out to choose by device.",
+        )
+    device = q.device.type
+    if impl == "auto":
+        impl = "triton" if device == "cuda" else "torch"
+    if impl == "triton":
+        _check_triton(q, v)
+    return impl
+
+
+def _check_triton(q: Tensor, v: Tensor) -> None:
+    from .kernels.configs import SUPPORTED_HEAD_DIMS
+
+    if q.dtype == torch.float64:
+        fail(
+            TypeError,
+            "q",
+            "must be float16, bfloat16 or float32 for impl='triton', the default on a GPU",
+            q.dtype,
+            "Convert it with q.float(), or pass impl='torch'.",
+        )
+    dims = SUPPORTED_HEAD_DIMS
+    for name, x, size in (("q", q, "D"), ("v", v, "Dv")):
+        # Not `in dims`, which a size that is symbolic under torch.compile does not support.
+        width = x.shape[3]
+        if width < dims.start or width >= dims.stop or width % dims.step != 0:
+            fail(
+                ValueError,
+                name,
+                f"must have a head dimension {size} from {dims.start} to {dims.stop - 1} in steps "
+                f"of {dims.step} for impl='triton', the default on a GPU",
+                f"{size} = {x.shape[3]}",
+                "Pad it with zeros to such a size (and keep scale), or pass impl='torch'.",
+            )
+    if q.device.type != "cuda" and not is_interpreted():
+        fail(
+            ValueError,
+            "impl",
+            "'triton' needs tensors on a GPU",
+            f"q on {q.device}",
+            "Move the tensors to a GPU, pass impl='torch', or set TRITON_INTERPRET=1 before the "
+            "first import of shaped_attn.kernels to run the kernels in Triton's interpreter.",
+        )
+
+
+_LAYOUT = {
+    "q": "(B, H, T, D)",
+    "k": "(B, Hkv, S, D)",
+    "v": "(B, Hkv, S, Dv)",
+    "residual": "(B, H, T, Dv)",
+}
+
+
+def is_interpreted() -> bool:
+    """Whether the Triton kernels run in Triton's interpreter, so that they take CPU tensors."""
+    try:
+        from .kernels.launch import is_interpreted
+    except ImportError:  # no Triton
+        return False
+    return is_interpreted()
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        fail(
+            ValueError,
+            name,
+            f"must be on the device of q, {q.device}",
+            x.device,
+            f"Move it with {name}.to(q.device).",
+        )
+
+
+def _shape(x: Tensor) -> str:
+    return _sizes(x.shape)
+
+
+def _sizes(sizes: object) -> str:
+    sizes = [str(size) for size in sizes]
+    return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a Tensor of shape {_shape(value)}"
+    if type(value) is float:
+        return str(value)
+    return f"{reprlib.repr(value)} of type {type(value).__name__}"

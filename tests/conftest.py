@@ -1,0 +1,28 @@
+import os
+
+import pytest
+import torch
+
+# Triton reads this once, when a kernel is first defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Every xdist worker would otherwise start one thread per core.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // _workers))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The draws of a test do not depend on which tests ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison():
+    """Memory that a kernel has not written reads as NaN."""
+    from shaped_attn.testing import poison_empty
+
+    with poison_empty():
+        yield

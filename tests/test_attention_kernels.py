@@ -1,0 +1,392 @@
+"""The Triton kernels against float64: forward and every gradient, in every dtype and regime."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shaped_attn import shaped_attention
+from shaped_attn.kernels import launch
+from shaped_attn.kernels.configs import TileConfig, override_config
+from shaped_attn.testing import (
+    Case,
+    assert_within_budget,
+    eager_attention,
+    forward_backward,
+    make_inputs,
+    make_options,
+    relative_error,
+)
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GAIN_NAMES = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
+OUT_FACTOR, GRADIENT_FACTOR = 2, 2
+
+# Fewer, larger tiles: the interpreter's cost is per operation, not per element.
+LARGE_TILES = TileConfig(block_t=128, block_s=64, num_warps=4, num_stages=1, sum_block=64)
+
+# Each row names what it is there for; sizes are odd on purpose.
+CASES = {
+    "one_query_one_key": Case(1, 1, queries=1, head_dim=16),
+    "exact_tiles": Case(1, 2, queries=64, head_dim=32),
+    "ragged_full": Case(1, 2, queries=33, keys=47, head_dim=16),
+    "ragged_causal": Case(1, 2, queries=75, head_dim=16, is_causal=True, residual_dtype=...),
+    "grouped_heads_and_cache": Case(
+        2, 4, 2, 37, 70, 24, 40, is_causal=True, residual_dtype=torch.float32
+    ),
+    "one_kv_head": Case(1, 3, 1, 34, 34, 16, is_causal=True),
+    "more_queries_than_keys": Case(1, 1, queries=70, keys=20, head_dim=16, is_causal=True),
+    "offset_in_cache": Case(1, 2, queries=20, keys=75, head_dim=16, is_causal=True, q_offset=21),
+    "offset_before_keys": Case(1, 1, queries=40, head_dim=16, is_causal=True, q_offset=-9),
+    "offset_past_keys": Case(1, 1, queries=9, keys=40, head_dim=16, is_causal=True, q_offset=99),
+    "left_padding": Case(2, 2, queries=50, head_dim=16, is_causal=True, padding="left"),
+    "both_paddings": Case(3, 2, queries=40, keys=77, head_dim=16, padding="both"),
+    "random_mask": Case(2, 2, 1, 35, 50, 16, is_causal=True, mask="random", residual_dtype=...),
+    "mask_of_keys": Case(2, 2, queries=35, head_dim=16, mask="keys", padding="right"),
+    "row_without_keys": Case(1, 2, queries=34, keys=40, head_dim=16, mask="rows"),
+    "wide_keys": Case(1, 1, queries=33, head_dim=80, value_dim=16, is_causal=True),
+    "wide_values": Case(1, 1, queries=33, head_dim=16, value_dim=136, is_causal=True),
+    "largest_head_dim": Case(1, 1, queries=33, head_dim=256, value_dim=256, is_causal=True),
+}
+
+
+def of_dtype(case: Case, dtype: torch.dtype) -> Case:
+    residual_dtype = dtype if case.residual_dtype is ... else case.residual_dtype
+    return dataclasses.replace(case, dtype=dtype, residual_dtype=residual_dtype)
+
+
+def draw_gains(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Learnable gains per head, two of them shared; identity only where it is legal."""
+    generator = torch.Generator().manual_seed(seed)
+    typical = (0.9, 1.1, 0.8, 0.7, 0.6, 1 / case.head_dim**0.5)
+    gains = {
+        name: value * (1 + 0.3 * torch.randn(case.heads, generator=generator))
+        for name, value in zip(GAIN_NAMES, typical, strict=True)
+    }
+    gains["branch_gain"] = gains["branch_gain"][0]
+    gains["center_gain"] = gains["center_gain"][0]
+    if not case.has_own_keys:
+        del gains["identity_gain"]
+    if case.residual_dtype is None:
+        del gains["skip_gain"]
+    return {name: gain.to(DEVICE) for name, gain in gains.items()}
+
+
+def triton_attention(*args, **kwargs):
+    return shaped_attention(*args, **kwargs, impl="triton")
+
+
+def reference_attention(*args, **kwargs):
+    return shaped_attention(*args, **kwargs, impl="reference")
+
+
+def compare(case: Case, gains: dict, fixed: dict, **draw) -> None:
+    """Check out, lse and every gradient of the kernels against the float64 reference."""
+    inputs = make_inputs(case, scale=1 / case.head_dim**0.5, **draw)
+    tensors = {name: None if x is None else x.to(DEVICE) for name, x in inputs._asdict().items()}
+    options = make_options(case, device=DEVICE) | fixed | {"return_lse": True}
+    if not case.has_own_keys:
+        options["identity_gain"] = 0.0
+    rows = (case.batch, case.heads, case.queries)
+    d_out = torch.randn(*rows, case.value_dim).to(case.dtype).to(DEVICE)
+    d_lse = torch.randn(rows).to(DEVICE)
+
+    def run(function, convert):
+        arguments = {name: None if x is None else convert(x) for name, x in tensors.items()}
+        arguments |= {name: convert(gain) for name, gain in gains.items()}
+        return forward_backward(function, arguments, d_out, d_lse, **options)
+
+    actual = run(triton_attention, lambda x: x)
+    golden = run(reference_attention, lambda x: x.double())
+    eager = run(eager_attention, lambda x: x)
+    assert actual.keys() == golden.keys()
+    for name, value in actual.items():
+        rounding = None
+        if name.removeprefix("grad ") in gains:
+            rounding = sum_rounding(case, golden[name])
+        elif name.startswith("grad"):
+            # Two roundings: of one factor of the product, and of its result.
+            rounding = torch.finfo(value.dtype).eps + 8 * torch.finfo(torch.float32).eps
+        assert_within_budget(
+            value,
+            golden[name],
+            eager[name],
+            factor=GRADIENT_FACTOR if name.startswith("grad") else OUT_FACTOR,
+            name=name,
+            rounding=rounding,
+        )
+
+
+def sum_rounding(case: Case, golden: torch.Tensor) -> float:
+    """Rounding of a gain's gradient, relative to its size.
+
+    It is a sum of N products of order 1 whose rounding errors add up as a random walk, to
+    sqrt(N) eps, while the sum itself may cancel to any size. Eager torch has the same spread, but
+    a single draw of it is no yardstick.
+    """
+    products = case.batch * case.queries * case.value_dim * case.heads
+    if golden.ndim == 1:
+        products //= case.heads
+    size = golden.norm().item() / golden.numel() ** 0.5
+    return 4 * torch.finfo(case.dtype).eps * products**0.5 / max(size, 1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_attention_and_gradients(name, dtype):
+    case = of_dtype(CASES[name], dtype)
+    compare(case, draw_gains(case), {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {},
+        {"identity_gain": 0.0, "center_gain": 0.0},
+        {"softmax_gain": 0.0, "center_gain": 0.0},
+        {"identity_gain": 0.0, "softmax_gain": 0.0},
+        {"identity_gain": 0.7, "softmax_gain": -1.3, "center_gain": 0.4, "branch_gain": -0.5},
+        {"scale": 0.0},
+        {"scale": -0.2},
+    ],
+    ids=lambda fixed: "-".join(f"{k.removesuffix('_gain')}{v}" for k, v in fixed.items()),
+)
+def test_fixed_gains(fixed, dtype):
+    compare(Case(1, 2, 1, queries=40, head_dim=16, is_causal=True, dtype=dtype), {}, fixed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_of_zero_still_has_a_gradient(dtype):
+    # The heads of a group share one accumulator for dk, in units of the largest scale.
+    case = Case(1, 2, 1, queries=40, head_dim=16, is_causal=True, dtype=dtype)
+    for scale in ([0.0, 0.3], [0.0, 0.0]):
+        gains = {"scale": torch.tensor(scale, device=DEVICE)}
+        compare(case, gains, {"branch_gain": 0.7})
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        TileConfig(16, 64, 4, 1, sum_block=32),
+        TileConfig(64, 16, 4, 1, sum_block=64),
+        TileConfig(128, 128, 4, 1, sum_block=16),
+    ],
+    ids=lambda tiles: f"{tiles.block_t}x{tiles.block_s}",
+)
+@pytest.mark.parametrize("name", ["grouped_heads_and_cache", "both_paddings", "random_mask"])
+def test_every_shape_of_tile(name, tiles):
+    case = of_dtype(CASES[name], torch.float32)
+    with override_config(tiles):
+        compare(case, draw_gains(case), {})
+
+
+@pytest.mark.parametrize("batch, queries, keys", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)])
+def test_zero_sizes(batch, queries, keys):
+    case = Case(batch, 2, queries=queries, keys=keys, head_dim=16, residual_dtype=torch.float32)
+    gains = draw_gains(case)
+    gains.pop("identity_gain", None)
+    compare(case, gains, {"identity_gain": 0.0})
+
+
+# The centred term itself: identity 0, softmax and centre 1, so out is that term and nothing else.
+CENTERED = {"identity_gain": 0.0, "softmax_gain": 1.0, "center_gain": 1.0}
+CENTERED_ERROR = {torch.float32: 3e-5, torch.float16: 5e-4, torch.bfloat16: 3e-3}
+REGIMES = {
+    "plain": {},
+    "values_of_mean_3": {"value_mean": 3.0},
+    "keys_of_mean_4": {"key_mean": 4.0, "value_mean": 1.0},
+    "sink_key": {"sink": True, "value_mean": 1.0},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logit_std", [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_centered_term_is_accurate_to_its_own_rounding(regime, logit_std, dtype):
+    is_causal = logit_std in (0.01, 0.3, 10.0)
+    case = Case(1, 1, queries=512, head_dim=64, dtype=dtype, is_causal=is_causal)
+    inputs = make_inputs(case, logit_std=logit_std, **REGIMES[regime])
+    q, k, v = (x.to(DEVICE) for x in inputs[:3])
+    options = {"is_causal": is_causal, **CENTERED}
+    with override_config(LARGE_TILES):
+        out = shaped_attention(q, k, v, **options, impl="triton")
+    golden = shaped_attention(q.double(), k.double(), v.double(), **options, impl="reference")
+    assert relative_error(out, golden) <= CENTERED_ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logit_std", [0.01, 0.3, 3.0])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_gradients_of_the_centered_term(regime, logit_std, dtype):
+    case = Case(1, 1, queries=160, head_dim=32, dtype=dtype, is_causal=True)
+    scale = 1 / case.head_dim**0.5
+    with override_config(LARGE_TILES):
+        compare(case, {}, {**CENTERED, "scale": scale}, logit_std=logit_std, **REGIMES[regime])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_zero_queries_return_v(is_causal, dtype):
+    case = Case(1, 2, 1, queries=77, head_dim=16, dtype=dtype, is_causal=is_causal)
+    inputs = make_inputs(case, value_mean=3.0)
+    q, k, v = (x.to(DEVICE) for x in inputs[:3])
+    out = shaped_attention(0 * q, k, v, is_causal=is_causal, impl="triton")
+    assert torch.equal(out, v.expand_as(out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 2, queries=45, head_dim=16),
+        Case(2, 2, queries=45, head_dim=16, is_causal=True),
+        Case(1, 4, 2, queries=45, head_dim=16, is_causal=True),
+        Case(2, 2, queries=45, head_dim=16, mask="random"),
+    ],
+    ids=["full", "causal", "grouped_heads", "mask"],
+)
+def test_plain_gains_are_scaled_dot_product_attention(case, dtype):
+    case = dataclasses.replace(case, dtype=dtype)
+    scale = 1 / case.head_dim**0.5
+    q, k, v = (x.to(DEVICE) for x in make_inputs(case, scale=scale)[:3])
+    mask = make_options(case, device=DEVICE).get("attn_mask")
+    plain = {"identity_gain": 0.0, "center_gain": 0.0, "scale": scale}
+    visible = {"is_causal": case.is_causal, "attn_mask": mask}
+
+    def sdpa(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, **visible, enable_gqa=True)
+
+    d_out = torch.randn(q.shape).to(q)
+    tensors = {"q": q, "k": k, "v": v}
+    doubles = {name: x.double() for name, x in tensors.items()}
+    actual = forward_backward(triton_attention, tensors, d_out, **plain, **visible)
+    golden = forward_backward(sdpa, doubles, d_out)
+    eager = forward_backward(eager_attention, tensors, d_out, **plain, **visible)
+    for name, value in actual.items():
+        assert_within_budget(value, golden[name], eager[name], factor=2, name=name)
+
+
+def run_all(tensors: dict, gains: dict, **options) -> dict[str, torch.Tensor]:
+    """Forward and backward of the kernels on one drawn output gradient."""
+    B, H, T, _ = tensors["q"].shape
+    generator = torch.Generator().manual_seed(7)
+    d_out = torch.randn(B, H, T, tensors["v"].shape[3], generator=generator).to(DEVICE)
+    return forward_backward(triton_attention, {**tensors, **gains}, d_out, **options)
+
+
+def small_call(**changes) -> tuple[dict, dict]:
+    case = Case(**{"batch": 2, "heads": 2, "kv_heads": 1, "queries": 50, "head_dim": 16} | changes)
+    inputs = make_inputs(case, value_mean=1.0)
+    tensors = {n: x.to(DEVICE) for n, x in inputs._asdict().items() if x is not None}
+    return tensors, draw_gains(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_calls_give_equal_bits(dtype):
+    tensors, gains = small_call(dtype=dtype, residual_dtype=dtype)
+    first = run_all(tensors, gains, is_causal=True)
+    second = run_all(tensors, gains, is_causal=True)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_future_rows_leave_the_past_bit_for_bit():
+    tensors, gains = small_call(dtype=torch.bfloat16)
+    changed = {name: x.clone() for name, x in tensors.items()}
+    for name in ("k", "v"):
+        changed[name][:, :, 33:] = 5.0
+    before = shaped_attention(**tensors, **gains, is_causal=True, impl="triton")
+    after = shaped_attention(**changed, **gains, is_causal=True, impl="triton")
+    assert torch.equal(before[:, :, :33], after[:, :, :33])
+    assert not torch.equal(before[:, :, 33:], after[:, :, 33:])
+
+
+def test_one_vector_added_to_all_values_leaves_the_centered_term():
+    tensors, _ = small_call()
+    shift = torch.randn(16, device=DEVICE)
+    options = {"is_causal": True, **CENTERED, "scale": 0.1, "impl": "triton"}
+    before = shaped_attention(**tensors, **options)
+    after = shaped_attention(**(tensors | {"v": tensors["v"] + shift}), **options)
+    # Adding the vector rounds v, and the absolute weights of the centred term sum to at most 2.
+    largest = (tensors["v"].abs() + shift.abs()).max()
+    assert (after - before).abs().max() <= 2 * torch.finfo(torch.float32).eps * largest
+
+
+@pytest.mark.parametrize("layout", ["fused_qkv", "sequence_first", "reversed_width"])
+def test_any_strides_give_equal_bits(layout):
+    B, H, T, D = 2, 2, 40, 16
+    if layout == "fused_qkv":
+        packed = torch.randn(B, T, 3, H, D, device=DEVICE)
+        q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
+    elif layout == "sequence_first":
+        q, k, v = (torch.randn(T, B, H, D, device=DEVICE).permute(1, 2, 0, 3) for _ in range(3))
+    else:
+        q, k, v = (torch.randn(B, H, D, T, device=DEVICE).transpose(2, 3) for _ in range(3))
+    assert not q.is_contiguous()
+    residual = torch.randn(B, T, H, D, device=DEVICE).transpose(1, 2)
+    views = {"q": q, "k": k, "v": v, "residual": residual}
+    dense = {name: x.contiguous() for name, x in views.items()}
+    d_out = torch.randn(B, T, H, D, device=DEVICE).transpose(1, 2)
+    found = []
+    for tensors in (views, dense):
+        leaves = [x.detach().requires_grad_() for x in tensors.values()]
+        out = shaped_attention(*leaves, is_causal=True, impl="triton")
+        found.append([out, *torch.autograd.grad(out, leaves, d_out)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_strides_past_32_bits():
+    """Rows 2**31 elements apart: an int32 offset wraps around silently."""
+    # Only the touched pages of this memory exist.
+    rows, stride, D = 3, 2**30 + 8, 16
+    needed = (rows - 1) * stride + D
+    wide = torch.UntypedStorage(needed * 2)
+    far = torch.empty(0, dtype=torch.float16).set_(wide, 0, (1, 1, rows, D), (0, 0, stride, 1))
+    near = torch.randn(1, 1, rows, D).half()
+    far.copy_(near)
+    q = torch.randn(1, 1, rows, D).half()
+    expected = shaped_attention(q, near, near, is_causal=True, impl="triton")
+    assert torch.equal(shaped_attention(q, far, far, is_causal=True, impl="triton"), expected)
+    assert torch.equal(
+        shaped_attention(far, near, near, is_causal=True, impl="triton"),
+        shaped_attention(near, near, near, is_causal=True, impl="triton"),
+    )
+
+
+def test_wide_index_is_chosen_by_stride():
+    tiles = TileConfig(64, 64, 4, 1)
+    dense = torch.empty(2**16, 2, 2**16, 128, device="meta")
+    assert dense.numel() > 2**31
+    assert not launch.needs_wide_index(tiles, dense, None)
+    far = torch.empty_strided((1, 1, 4, 16), (0, 0, 2**26, 1), device="meta")
+    assert launch.needs_wide_index(tiles, dense, far)
+
+
+def test_a_mask_is_read_through_its_strides():
+    tensors, gains = small_call()
+    mask = torch.rand(2, 1, 1, 50, device=DEVICE) < 0.6
+    dense = mask.expand(2, 2, 50, 50).contiguous()
+    broadcast = run_all(tensors, gains, attn_mask=mask)
+    expanded = run_all(tensors, gains, attn_mask=dense)
+    assert all(torch.equal(broadcast[name], expanded[name]) for name in broadcast)
+    seen = launch.as_bytes(mask.expand(2, 2, 50, 50))
+    assert seen.stride() == (50, 0, 0, 1) and seen.data_ptr() == mask.data_ptr()
+
+
+def test_two_key_sets_merge_by_lse():
+    tensors, _ = small_call()
+    plain = {"identity_gain": 0.0, "center_gain": 0.0, "scale": 0.3, "return_lse": True}
+    whole, whole_lse = shaped_attention(**tensors, **plain, impl="triton")
+    split = torch.full((2,), 20, device=DEVICE)
+    halves = [
+        shaped_attention(**tensors, **plain, **part, impl="triton")
+        for part in ({"key_end": split}, {"key_start": split})
+    ]
+    lse = torch.logaddexp(halves[0][1], halves[1][1])
+    merged = sum((part_lse - lse).exp()[..., None] * out for out, part_lse in halves)
+    torch.testing.assert_close(lse, whole_lse, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,151 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from shaped_attn import __version__, cli, environment, fidelity, shaped_attention
+
+ROOT = Path(__file__).parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.cli, list(args))
+
+
+def run_module(*args, **variables):
+    """Run `python -m shaped_attn` in a process of its own."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "shaped_attn", *args],
+        cwd=ROOT,
+        env={**env, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_env_says_what_a_bug_report_needs():
+    result = invoke("env", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["shaped_attn"] == __version__
+    assert found["libraries"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["threads"] == torch.get_num_threads()
+    assert {"python", "os", "cpu", "driver", "cuda", "triton_interpret"} <= set(found)
+    assert len(found["gpus"]) == torch.cuda.device_count()
+    assert found["kernels"]["mode"] in ("gpu", "interpreter", "unavailable")
+
+    text = invoke("env")
+    assert text.exit_code == 0
+    for name, value in environment.lines(found):
+        assert f"{name}  " in text.stdout
+        assert value in text.stdout
+
+
+def test_kernels_are_available_where_the_tests_run_them():
+    kernels = environment.kernel_availability()
+    assert kernels["available"] is True
+    assert kernels["mode"] == ("gpu" if DEVICE == "cuda" else "interpreter")
+
+
+def test_check_prints_every_quantity_and_succeeds():
+    result = invoke("check", "--impl", "torch", "--quick", "--length", "24")
+    assert result.exit_code == 0, result.output
+    for quantity in fidelity.QUANTITIES:
+        assert fidelity.label(quantity) in result.stdout
+    for dtype in fidelity.DTYPES:
+        assert f"torch ({DEVICE}), {dtype}, T = 24" in result.stdout
+    assert "within their budget" in result.stdout
+
+
+def test_check_prints_json():
+    result = invoke("check", "--impl", "torch", "--quick", "--length", "24", "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    rows = report["measurements"]
+    assert len(rows) == 3 * len(fidelity.QUICK_LOGIT_STDS) * len(fidelity.QUANTITIES)
+    assert all(row["is_within"] and row["length"] == 24 for row in rows)
+    assert report["settings"]["device"] == DEVICE
+
+
+def test_check_fails_for_a_wrong_implementation(monkeypatch):
+    def wrong(*args, **kwargs):
+        return 1.02 * shaped_attention(*args, **kwargs)
+
+    monkeypatch.setitem(fidelity.measure.__kwdefaults__, "attention", wrong)
+    result = invoke("check", "--impl", "torch", "--quick", "--length", "24")
+    assert result.exit_code == 1
+    assert "exceed their budget" in result.stdout
+    assert "torch bf16 plain, logit std 0.01, centred term" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("check", "--impl", "cublas"), "'cublas' is not one of"),
+        (("check", "--device", "abacus"), "'abacus' is not a device of this machine"),
+        (("check", "--length", "15"), "--length"),
+        (("demo", "--seconds", "0"), "--seconds"),
+        (("paint",), "No such command"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(args, message):
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_kernels_that_cannot_run_are_wrong_usage(monkeypatch):
+    unavailable = {"available": False, "mode": "unavailable", "reason": "no Triton"}
+    monkeypatch.setattr(environment, "kernel_availability", lambda: unavailable)
+    result = invoke("check", "--impl", "triton")
+    assert result.exit_code == 2
+    assert "--impl triton cannot run here: no Triton" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("broken"), None)]
+)
+def test_main_turns_an_interrupt_into_130_and_hides_no_error(monkeypatch, raised, code):
+    def fail():
+        raise raised
+
+    monkeypatch.setattr(environment, "collect", fail)
+    monkeypatch.setattr(sys, "argv", ["shaped-attn", "env"])
+    monkeypatch.setattr(cli, "_is_program", False)
+    if code is None:
+        with pytest.raises(RuntimeError, match="broken"):
+            cli.main()
+    else:
+        with pytest.raises(SystemExit) as error:
+            cli.main()
+        assert error.value.code == code
+
+
+def test_the_module_is_the_command():
+    result = run_module("--version")
+    assert result.returncode == 0
+    assert result.stdout == f"shaped-attn, version {__version__}\n"
+    assert run_module("paint").returncode == 2
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU needs no interpreter")
+def test_check_turns_on_the_interpreter_by_itself():
+    # torch may import Triton, which reads TRITON_INTERPRET at that moment, before the command does.
+    result = run_module("check", "--impl", "triton", "--quick", "--length", "16")
+    assert result.returncode == 0, result.stderr
+    assert "triton (interpreter), bf16, T = 16" in result.stdout
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU needs no interpreter")
+def test_check_does_not_pass_without_the_interpreter():
+    result = run_module("check", "--impl", "triton", TRITON_INTERPRET="0")
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET=1" in result.stderr

@@ -1,0 +1,312 @@
+"""The registered operator: schema, fakes, autograd, compilation, and its CPU implementation."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import shaped_attn  # noqa: F401 (registers the operator)
+from shaped_attn import shaped_attention
+from shaped_attn.testing import Case, make_inputs, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OP = torch.ops.shaped_attn.attention.default
+
+
+def draw(dtype=torch.float32, requires_grad=False, length=20, **sizes):
+    case = Case(1, 2, 1, queries=length, head_dim=16, dtype=dtype, **sizes)
+    inputs = [x.to(DEVICE) for x in make_inputs(case) if x is not None]
+    return [x.requires_grad_(requires_grad) for x in inputs]
+
+
+def gain(value=0.9, per_head=True):
+    return torch.full((2,) if per_head else (), value, device=DEVICE, requires_grad=True)
+
+
+OPCHECK_CALLS = {
+    "defaults": ({}, {}),
+    "causal_residual_gains": (
+        {"softmax_gain": gain(), "center_gain": gain(1.1, False), "scale": gain(0.2)},
+        {"is_causal": True},
+    ),
+    "plain": ({}, {"fixed_identity_gain": 0.0, "fixed_center_gain": 0.0, "fixed_scale": 0.25}),
+    "mask": ({"attn_mask": torch.rand(1, 1, 20, 20, device=DEVICE) < 0.7}, {}),
+    "key_range": ({"key_start": torch.tensor([3], device=DEVICE)}, {"is_causal": True}),
+    "inference": ({}, {"save_for_backward": False}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPCHECK_CALLS)
+def test_opcheck(name, dtype):
+    tensors, options = OPCHECK_CALLS[name]
+    q, k, v = draw(dtype, requires_grad=name != "inference")
+    residual = torch.randn_like(q.detach()).float().requires_grad_(name != "inference")
+    names = ("softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
+    gains = [tensors.get(n) for n in ("identity_gain", *names)]
+    visibility = [tensors.get(n) for n in ("attn_mask", "key_start", "key_end")]
+    arguments = (q, k, v, residual, *gains, *visibility)
+    if name == "inference":
+        arguments = tuple(None if x is None else x.detach() for x in arguments)
+    torch.library.opcheck(OP, arguments, options)
+
+
+def test_opcheck_of_a_permuted_dense_input():
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in draw())
+    torch.library.opcheck(OP, (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), {})
+
+
+def attend(q, k, v, softmax_gain, scale):
+    return shaped_attention(
+        q, k, v, q, softmax_gain=softmax_gain, scale=scale, is_causal=True, impl="triton"
+    )
+
+
+def gradients(function, *inputs):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compile_fullgraph(backend):
+    inputs = [*draw(), gain(), gain(0.3, False)]
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    for found, expected in zip(
+        gradients(compiled, *inputs), gradients(attend, *inputs), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_compile_takes_one_tensor_for_all_three():
+    x = draw()[0][:, :1]
+    compiled = torch.compile(
+        lambda x: shaped_attention(x, x, x, impl="triton"), fullgraph=True, backend="aot_eager"
+    )
+    expected = shaped_attention(x, x, x, impl="triton")
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_compile_does_not_specialise_the_length():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
+    for length in (17, 20, 33):
+        inputs = [*draw(length=length), gain(), gain(0.3, False)]
+        for found, expected in zip(
+            gradients(compiled, *inputs), gradients(attend, *inputs), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1
+
+
+def test_export_with_a_dynamic_length():
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v):
+            return shaped_attention(q, k, v, is_causal=True, impl="triton")
+
+    length = torch.export.Dim("length", min=2, max=512)
+    sizes = {2: length}
+    program = torch.export.export(Attend(), tuple(draw()), dynamic_shapes=(sizes, sizes, sizes))
+    assert "shaped_attn.attention.default" in program.graph_module.code
+    longer = draw(length=41)
+    expected = shaped_attention(*longer, is_causal=True, impl="triton")
+    assert torch.equal(program.module()(*longer), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype):
+    q, k, v = draw(requires_grad=True)
+    residual = torch.randn_like(q)
+    with torch.autocast(DEVICE, dtype=dtype):
+        out = shaped_attention(q, k, v, residual, impl="triton")
+    low = [x.detach().to(dtype) for x in (q, k, v)]
+    assert out.dtype == torch.float32
+    assert torch.equal(out, shaped_attention(*low, residual, impl="triton"))
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32 and q.grad.isfinite().all()
+
+
+def test_activation_checkpointing():
+    inputs = [*draw(), gain(), gain(0.3, False)]
+    expected = gradients(attend, *inputs)
+    found = gradients(lambda *x: checkpoint(attend, *x, use_reentrant=False), *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_selective_checkpointing_sees_the_operator(monkeypatch):
+    from shaped_attn.kernels import attention_fwd
+
+    calls = []
+    launch = attention_fwd.attention_fwd
+    monkeypatch.setattr(
+        attention_fwd, "attention_fwd", lambda *a, **k: calls.append(1) or launch(*a, **k)
+    )
+
+    def save_attention(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op == OP else CheckpointPolicy.PREFER_RECOMPUTE
+
+    for context_fn, expected in (
+        (None, 2),
+        (lambda: create_selective_checkpoint_contexts(save_attention), 1),
+    ):
+        calls.clear()
+        options = {} if context_fn is None else {"context_fn": context_fn}
+        inputs = [*draw(), gain(), gain(0.3, False)]
+        gradients(lambda *x, o=options: checkpoint(attend, *x, use_reentrant=False, **o), *inputs)
+        assert len(calls) == expected
+
+
+def attend_plain(q, k, v):
+    return shaped_attention(q, k, v, impl="triton")
+
+
+def test_double_backward_is_refused():
+    q, k, v = draw(requires_grad=True)
+    out = attend_plain(q, k, v)
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    assert torch.equal(grad, torch.autograd.grad(attend_plain(q, k, v).sum(), q)[0])
+    with pytest.raises(RuntimeError, match=r'differentiated once.*Use impl="reference"'):
+        grad.sum().backward()
+
+
+def test_backward_without_saved_tensors_is_refused():
+    q, k, v = draw(requires_grad=True)
+    out = OP(q, k, v, save_for_backward=False)[0]
+    with pytest.raises(RuntimeError, match="save_for_backward must be True"):
+        out.sum().backward()
+
+
+def test_nothing_is_saved_for_inference(monkeypatch):
+    from shaped_attn.kernels import attention_fwd
+
+    saved = []
+    launch = attention_fwd.attention_fwd
+
+    def record(*args, save_for_backward, **kwargs):
+        saved.append(save_for_backward)
+        return launch(*args, save_for_backward=save_for_backward, **kwargs)
+
+    monkeypatch.setattr(attention_fwd, "attention_fwd", record)
+    q, k, v = draw(requires_grad=True)
+    shaped_attention(q, k, v, impl="triton")
+    shaped_attention(q.detach(), k.detach(), v.detach(), impl="triton")
+    with torch.no_grad():
+        shaped_attention(q, k, v, impl="triton")
+    assert saved == [True, False, False]
+
+
+def test_only_asked_gradients_are_returned():
+    q, k, v = draw()
+    softmax_gain = gain()
+    out = shaped_attention(q, k, v, softmax_gain=softmax_gain, impl="triton")
+    out.sum().backward()
+    assert softmax_gain.grad.shape == (2,) and q.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradients_of_gains_have_their_dtype(dtype):
+    q, k, v = draw()
+    gains = {name: gain().detach().to(dtype).requires_grad_() for name in ("softmax_gain", "scale")}
+    shaped_attention(q, k, v, **gains, impl="triton").sum().backward()
+    assert all(g.grad.dtype == dtype and g.grad.abs().sum() > 0 for g in gains.values())
+
+
+def test_flops():
+    # 4 B H T S D forward and 2.5 times that backward; half of it if causal.
+    q, k, v = draw(requires_grad=True)
+    full = 4 * 1 * 2 * 20 * 20 * 16
+    for is_causal, part in ((False, 1), (True, 2)):
+        with FlopCounterMode(display=False) as counter:
+            out = shaped_attention(q, k, v, is_causal=is_causal, impl="triton")
+        assert counter.get_total_flops() == full // part
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        assert counter.get_total_flops() == 5 * full // 2 // part
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": torch.zeros(1, 3, 20, 16)}, "k must have a number of heads"),
+        ({"v": torch.zeros(1, 1, 19, 16)}, "v must have the heads and keys of k"),
+        ({"q": torch.zeros(1, 2, 30, 16)}, "identity_gain"),
+        ({"softmax_gain": torch.ones(3)}, "softmax_gain"),
+        ({"attn_mask": torch.ones(7, 20, dtype=torch.bool)}, "attn_mask"),
+        ({"key_start": torch.zeros(2, dtype=torch.int32)}, "key_start"),
+    ],
+)
+def test_direct_calls_are_checked(change, message):
+    arguments = dict(zip("qkv", draw(), strict=True))
+    if isinstance(change.get("k"), torch.Tensor):
+        change = change | {"v": change["k"]}
+    arguments |= {name: x.to(DEVICE) for name, x in change.items()}
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.shaped_attn.attention(**arguments)
+
+
+def test_meta_tensors_have_the_real_shapes():
+    real = OP(*draw(torch.bfloat16))
+    meta = OP(*(x.to("meta") for x in draw(torch.bfloat16)))
+    for x, y in zip(real, meta, strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+def test_a_cpu_without_the_interpreter_runs_the_composite():
+    """On a CPU the operator computes what impl="torch" does, with gradients and under opcheck."""
+    script = """
+        import torch, shaped_attn
+        from shaped_attn import shaped_attention
+        torch.manual_seed(0)
+        q, k, v, r = (torch.randn(1, 2, 30, 16, dtype=torch.float64) for _ in range(4))
+        gains = [torch.rand(2, dtype=torch.float64) for _ in range(6)]
+        leaves = [x.requires_grad_() for x in (q, k, v, r, *gains)]
+        names = ("identity", "softmax", "center", "skip", "branch")
+        names = [f"{name}_gain" for name in names] + ["scale"]
+        out, lse, *_ = torch.ops.shaped_attn.attention(*leaves, is_causal=True)
+        named = dict(zip(names, gains))
+        expected, expected_lse = shaped_attention(
+            q, k, v, r, **named, is_causal=True, return_lse=True, impl="reference")
+        def loss(out, lse): return out.square().sum() + lse.sin().sum()
+        found = torch.autograd.grad(loss(out, lse), leaves)
+        wanted = torch.autograd.grad(loss(expected, expected_lse), leaves)
+        torch.testing.assert_close(out, expected)
+        for a, b in zip(found, wanted): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        op = torch.ops.shaped_attn.attention.default
+        torch.library.opcheck(op, tuple(leaves), {"is_causal": True})
+        try:
+            shaped_attention(q.float(), k.float(), v.float(), impl="triton")
+        except ValueError as error:
+            assert "TRITON_INTERPRET" in str(error), error
+        else:
+            raise AssertionError("impl='triton' ran on a CPU without the interpreter")
+        print("composite agrees")
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "composite agrees", done.stderr
+
+
+def test_triton_agrees_with_torch():
+    q, k, v = draw()
+    options = {"is_causal": True, "scale": 0.3}
+    fused = shaped_attention(q, k, v, **options, impl="triton")
+    composite = shaped_attention(q, k, v, **options, impl="torch")
+    assert relative_error(fused, composite) < 1e-6

@@ -1,0 +1,228 @@
+"""The tools that the other tests rely on can fail."""
+
+import math
+
+import pytest
+import torch
+
+from shaped_attn import shaped_attention
+from shaped_attn.testing import (
+    Case,
+    assert_within_budget,
+    eager_attention,
+    forward_backward,
+    gain_conditions,
+    largest_error,
+    make_inputs,
+    make_options,
+    poison_empty,
+    relative_error,
+    rounding_error,
+)
+
+LARGE = Case(2, 4, 2, 200, 300, 64, 32, torch.float32)
+
+
+def logits(case, **options):
+    q, k, _, _ = make_inputs(case, **options)
+    q, k = q.double(), k.double().repeat_interleave(case.heads // case.kv_heads, 1)
+    return options.get("scale", case.scale) * q @ k.transpose(-1, -2)
+
+
+@pytest.mark.parametrize("logit_std", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [None, -0.125], ids=["default", "given"])
+def test_inputs_have_the_logit_std(logit_std, scale):
+    options = {} if scale is None else {"scale": scale}
+    std = logits(LARGE, logit_std=logit_std, **options).std().item()
+    assert std == pytest.approx(logit_std, rel=0.02)
+
+
+def test_inputs_have_the_means():
+    q, k, v, _ = make_inputs(LARGE, value_mean=3.0, key_mean=4.0)
+    assert v.mean().item() == pytest.approx(3.0, abs=0.02)
+    assert k.mean().item() == pytest.approx(4.0, abs=0.02)
+    found = logits(LARGE, logit_std=0.1, key_mean=4.0)
+    assert found.mean().item() == pytest.approx(0.1 * 4 * math.sqrt(64 / 2), rel=0.05)
+    assert found.std(-1).square().mean().sqrt().item() == pytest.approx(0.1, rel=0.02)
+
+
+@pytest.mark.parametrize("logit_std", [0.01, 1.0])
+def test_inputs_have_a_sink(logit_std):
+    found = logits(LARGE, logit_std=logit_std, sink=True)
+    assert found[..., 0].mean().item() == pytest.approx(8.0, rel=0.05)
+    assert found[..., 0].min() > 0
+    assert found[..., 1:].std().item() == pytest.approx(logit_std, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_inputs_are_finite_and_reproducible(dtype):
+    case = Case(dtype=dtype, residual_dtype=torch.float64)
+    for sink in (False, True):
+        first, second, other = (
+            make_inputs(case, logit_std=30.0, key_mean=4.0, sink=sink, seed=seed)
+            for seed in (0, 0, 1)
+        )
+        for a, b, c in zip(first, second, other, strict=True):
+            assert a.isfinite().all()
+            assert torch.equal(a, b) and not torch.equal(a, c)
+        assert [x.dtype for x in first] == [dtype] * 3 + [torch.float64]
+
+
+def test_case_id():
+    case = Case(2, 4, 2, 111, 130, 64, 32, torch.bfloat16, is_causal=True)
+    assert case.id == "B2-T111-S130-H4-HKV2-D64-DV32-bf16-causal"
+    assert Case().id == "B2-T64-H4-D32-fp32"
+    case = Case(q_offset=3, padding="left", mask="keys", residual_dtype=torch.float64)
+    assert case.id == "B2-T64-H4-D32-fp32-offset3-pad_left-mask_keys-res_fp64"
+    with pytest.raises(ValueError, match="padding must be one of .*, got 'middle'"):
+        Case(padding="middle")
+
+
+def test_options():
+    case = Case(3, queries=4, keys=6, padding="both", mask="rows", is_causal=True, q_offset=1)
+    options = make_options(case)
+    assert options["is_causal"] is True and options["q_offset"] == 1
+    assert options["key_start"].tolist() == [0, 2, 4]
+    assert options["key_end"].tolist() == [6, 4, 2]  # nothing is left of the last entry
+    assert options["attn_mask"].shape == (4, 6) and not options["attn_mask"][0].any()
+    assert make_options(Case()) == {"is_causal": False, "q_offset": None}
+
+
+def test_errors():
+    golden = torch.tensor([3.0, 4.0])
+    assert relative_error(golden + torch.tensor([0.0, 0.5]), golden) == 0.1
+    assert largest_error(golden + torch.tensor([0.0, 0.5]), golden) == 0.125
+    for error in (relative_error, largest_error):
+        assert error(golden, golden) == 0.0
+        assert error(0 * golden, 0 * golden) == 0.0
+        assert error(golden, 0 * golden) == math.inf
+        assert error(golden[:0], golden[:0]) == 0.0
+        assert math.isnan(error(golden * math.nan, golden))
+
+
+def test_rounding_error_is_reached_and_not_exceeded():
+    x = 1 + torch.arange(2**12, dtype=torch.float64) / 2**12
+    for dtype in (torch.float16, torch.bfloat16):
+        error = ((x.to(dtype).double() - x) / x).abs().max().item()
+        assert 0.9 * rounding_error(dtype) < error <= rounding_error(dtype)
+
+
+class TestBudget:
+    golden = torch.linspace(1, 2, 1000, dtype=torch.float64)
+
+    def check(self, actual, eager=None, **options):
+        eager = self.golden if eager is None else eager
+        options = {"factor": 2, "name": "x", "rounding": 1e-6} | options
+        assert_within_budget(actual, self.golden, eager, **options)
+
+    def test_holds(self):
+        self.check(self.golden)
+        self.check(self.golden * (1 + 9e-7))
+        self.check(self.golden * (1 + 1.9e-3), eager=self.golden * (1 + 1e-3))
+
+    @pytest.mark.parametrize("error", [1.1e-6, 1.0, math.nan, math.inf])
+    def test_fails_on_all_elements(self, error):
+        with pytest.raises(
+            AssertionError, match="x: relative error .* over the budget 1e-06 = 2 x"
+        ):
+            self.check(self.golden * (1 + error))
+
+    def test_fails_on_one_element(self):
+        actual = self.golden.clone()
+        actual[7] += 1e-5
+        with pytest.raises(AssertionError, match="x: largest error .* over the budget"):
+            self.check(actual)
+
+    def test_fails_beyond_the_eager_error(self):
+        with pytest.raises(AssertionError, match="2 x 0.001 .eager"):
+            self.check(self.golden * (1 + 2.1e-3), eager=self.golden * (1 + 1e-3))
+
+    def test_fails_on_shape(self):
+        with pytest.raises(AssertionError, match=r"x: shape \(500,\) is not \(1000,\)"):
+            self.check(self.golden[:500])
+
+    def test_infinite_elements_have_to_agree(self):
+        golden = torch.tensor([1.0, -math.inf], dtype=torch.float64)
+        options = {"factor": 1, "name": "lse"}
+        assert_within_budget(golden.float(), golden, golden, **options)
+        for wrong in (math.inf, math.nan, 0.0):
+            with pytest.raises(AssertionError, match="lse: infinite elements differ"):
+                assert_within_budget(torch.tensor([1.0, wrong]), golden, golden, **options)
+
+    def test_default_rounding_is_that_of_the_result(self):
+        for dtype in (torch.bfloat16, torch.float32):
+            error = 2 * torch.finfo(dtype).eps
+            self.check(self.golden.to(dtype), rounding=None)
+            if dtype == torch.bfloat16:
+                with pytest.raises(AssertionError):
+                    self.check((self.golden * (1 + error)).to(dtype), rounding=None)
+            else:
+                with pytest.raises(AssertionError):
+                    self.check((self.golden * (1 + 5 * error)).to(dtype), rounding=None)
+
+
+def test_forward_backward():
+    def function(x, y, factor):
+        return factor * x * y, torch.stack([x.sum().log(), y.sum().log()])
+
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0])
+    found = forward_backward(
+        function, {"x": x, "y": y}, torch.tensor([1.0, 10.0]), torch.tensor([1.0, 1.0]), factor=2
+    )
+    assert found.keys() == {"out", "lse", "grad x", "grad y"}
+    assert found["out"].tolist() == [0.0, 0.0]
+    assert found["lse"][1] == -math.inf
+    torch.testing.assert_close(found["grad x"], torch.full((2,), 1 / 3))  # y is 0: lse alone
+    assert not x.requires_grad
+
+
+def test_eager_attention_is_the_reference_in_the_input_dtype():
+    case = Case(kv_heads=2, queries=20, keys=30, padding="left", mask="keys", is_causal=True)
+    case = Case(**{**vars(case), "dtype": torch.float64, "residual_dtype": torch.float64})
+    inputs, options = make_inputs(case), make_options(case) | {"return_lse": True}
+    options |= {"softmax_gain": torch.rand(4), "skip_gain": 0.5}
+    for actual, expected in zip(
+        eager_attention(*inputs, **options),
+        shaped_attention(*inputs, **options, impl="reference"),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_gain_conditions_bound_the_error_of_rounded_terms():
+    """Terms rounded to bfloat16 make an error within, and not far below, what they allow."""
+    case = Case(1, 2, 2, 40, 40, 8, 8, torch.float64, residual_dtype=torch.float64)
+    q, k, v, residual = make_inputs(case)
+    d_out = torch.randn(1, 2, 40, 8, dtype=torch.float64)
+    gains = {"identity_gain": torch.ones(2), "skip_gain": torch.tensor(0.5)}
+    tensors = {"q": q, "k": k, "v": v, "residual": residual} | gains
+    golden = forward_backward(shaped_attention, tensors, d_out, impl="reference")
+    conditions = gain_conditions(tensors, d_out, golden)
+    assert conditions.keys() == {"grad identity_gain", "grad skip_gain"}
+    for name, terms in (("identity_gain", d_out * v), ("skip_gain", d_out * residual)):
+        exact = golden[f"grad {name}"].double()
+        rounded = terms.bfloat16().double().sum((0, 2, 3))
+        rounded = rounded.sum() if exact.ndim == 0 else rounded
+        error = relative_error(rounded, exact)
+        budget = conditions[f"grad {name}"] * rounding_error(torch.bfloat16)
+        assert 1e-3 * budget < error <= budget
+
+
+def test_poison_empty():
+    x = torch.ones(2, dtype=torch.bfloat16)
+    with poison_empty():
+        for made in (
+            torch.empty(3),
+            torch.empty_like(x),
+            torch.empty_strided((2, 2), (1, 2)),
+            x.new_empty(4, dtype=torch.float32),
+        ):
+            assert made.isnan().all()
+        assert torch.empty(2, dtype=torch.int32).tolist() == [2**31 - 1] * 2
+        assert torch.empty(2, dtype=torch.bool).shape == (2,)
+        assert torch.empty(0).shape == (0,)
+    with pytest.raises(KeyError), poison_empty():
+        raise KeyError
+    for function in (torch.empty, torch.empty_like, torch.empty_strided):
+        assert function.__name__ != "wrapper"
+    assert "new_empty" not in vars(torch.Tensor)
