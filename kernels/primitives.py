@@ -121,9 +121,11 @@ def load_key_range(key_start_ptr, key_end_ptr, batch, S):
     key_lo = 0
     key_hi = S
     if key_start_ptr is not None:
-        key_lo = tl.minimum(tl.maximum(tl.load(key_start_ptr + batch), 0), S).to(tl.int32)
+        key_lo = tl.load(key_start_ptr + batch).to(tl.int64)
+        key_lo = tl.minimum(tl.maximum(key_lo, 0), S).to(tl.int32)
     if key_end_ptr is not None:
-        key_hi = tl.minimum(tl.maximum(tl.load(key_end_ptr + batch), 0), S).to(tl.int32)
+        key_hi = tl.load(key_end_ptr + batch).to(tl.int64)
+        key_hi = tl.minimum(tl.maximum(key_hi, 0), S).to(tl.int32)
     return key_lo, key_hi
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 
 import torch
@@ -128,26 +127,20 @@ def shaped_attention(
     is_autocast = has_autocast and torch.is_autocast_enabled(device_type)
     if is_autocast:
         q, k, v, residual = _autocast(q, k, v, residual, torch.get_autocast_dtype(device_type))
-    validation.check_shapes(q, k, v, residual)
-    if scale is None:
-        scale = 1.0 / (q.shape[3] * math.sqrt(q.shape[1]))
-    gains = Gains(
-        identity=validation.check_gain("identity_gain", identity_gain, q),
-        softmax=validation.check_gain("softmax_gain", softmax_gain, q),
-        center=validation.check_gain("center_gain", center_gain, q),
-        skip=validation.check_gain("skip_gain", skip_gain, q),
-        branch=validation.check_gain("branch_gain", branch_gain, q),
-        scale=validation.check_gain("scale", scale, q),
+    gains, q_offset, attn_mask = validation.check_call(
+        q,
+        k,
+        v,
+        residual,
+        Gains(identity_gain, softmax_gain, center_gain, skip_gain, branch_gain, scale),
+        q_offset=q_offset,
+        key_start=key_start,
+        key_end=key_end,
+        attn_mask=attn_mask,
     )
-    validation.check_residual_gain(gains.skip, residual)
     validation.check_flag("is_causal", is_causal)
     validation.check_flag("return_lse", return_lse)
-    q_offset = validation.check_q_offset(q_offset, q, k)
-    validation.check_identity(gains.identity, q, k, q_offset)
-    validation.check_key_range("key_start", key_start, q)
-    validation.check_key_range("key_end", key_end, q)
-    attn_mask = validation.check_attn_mask(attn_mask, q, k)
-    impl = validation.resolve_impl(impl, q, v)
+    impl = validation.resolve_impl(impl, q, v, residual)
     prior = validation.check_prior(prior, impl, q, k)
 
     visibility = {

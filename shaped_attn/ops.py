@@ -7,8 +7,6 @@ the first call, not here.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -18,19 +16,11 @@ from .arguments import Gain, Gains, accumulation_dtype, output_dtype
 
 NAMESPACE = "shaped_attn"
 
-_GAIN_NAMES = (
-    "identity_gain",
-    "softmax_gain",
-    "center_gain",
-    "skip_gain",
-    "branch_gain",
-    "scale",
-)
 _INPUTS = 13
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? residual=None"
-_GAINS = ", ".join(f"Tensor? {name}=None" for name in _GAIN_NAMES)
+_GAINS = ", ".join(f"Tensor? {name}=None" for name in validation.GAIN_NAMES)
 _VISIBILITY = "Tensor? attn_mask=None, Tensor? key_start=None, Tensor? key_end=None"
-_FIXED = ", ".join(f"float fixed_{name}=1.0" for name in _GAIN_NAMES[:5])
+_FIXED = ", ".join(f"float fixed_{name}=1.0" for name in validation.GAIN_NAMES[:5])
 _OPTIONS = f"{_FIXED}, float? fixed_scale=None, bool is_causal=False, SymInt? q_offset=None"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -50,32 +40,9 @@ def _uses_kernels(q: Tensor) -> bool:
     return q.device.type != "cpu" or validation.is_interpreted()
 
 
-def _resolve(
-    q: Tensor, k: Tensor, gains: tuple[Tensor | None, ...], options: dict
-) -> tuple[Gains, dict]:
-    """Merge tensor and fixed gains, and fill in the defaults that depend on shapes."""
-    fixed = [options.pop(f"fixed_{name}") for name in _GAIN_NAMES]
-    if fixed[5] is None:
-        fixed[5] = 1.0 / (q.shape[3] * math.sqrt(q.shape[1]))
-    if options["q_offset"] is None:
-        options["q_offset"] = k.shape[2] - q.shape[2]
-    merged = (f if t is None else t for t, f in zip(gains, fixed, strict=True))
-    return Gains(*merged), options
-
-
-def _check(q, k, v, residual, gains: Gains, options: dict) -> dict:
-    """Check a call as `shaped_attention` does; return its options with the mask expanded."""
-    validation.check_tensors(q, k, v, residual)
-    validation.check_shapes(q, k, v, residual)
-    for name, gain in zip(_GAIN_NAMES, gains, strict=True):
-        validation.check_gain(name, gain, q)
-    validation.check_identity(gains.identity, q, k, options["q_offset"])
-    validation.check_key_range("key_start", options["key_start"], q)
-    validation.check_key_range("key_end", options["key_end"], q)
-    options["attn_mask"] = validation.check_attn_mask(options["attn_mask"], q, k)
-    if _uses_kernels(q):
-        validation.resolve_impl("triton", q, v)
-    return options
+def _merge(gains: tuple[Tensor | None, ...], fixed: tuple[float | None, ...]) -> Gains:
+    """Take the fixed value of each gain that is not a Tensor."""
+    return Gains(*(f if t is None else t for t, f in zip(gains, fixed, strict=True)))
 
 
 def _saved_shapes(q: Tensor, v: Tensor, is_weighed: bool, is_centered: bool, saves: bool):
@@ -112,26 +79,37 @@ def _attention(
     q_offset=None,
     save_for_backward=True,
 ):
-    gains, options = _resolve(
+    validation.check_tensors(q, k, v, residual)
+    gains, q_offset, attn_mask = validation.check_call(
         q,
         k,
-        (identity_gain, softmax_gain, center_gain, skip_gain, branch_gain, scale),
-        {
-            "fixed_identity_gain": fixed_identity_gain,
-            "fixed_softmax_gain": fixed_softmax_gain,
-            "fixed_center_gain": fixed_center_gain,
-            "fixed_skip_gain": fixed_skip_gain,
-            "fixed_branch_gain": fixed_branch_gain,
-            "fixed_scale": fixed_scale,
-            "is_causal": is_causal,
-            "q_offset": q_offset,
-            "attn_mask": attn_mask,
-            "key_start": key_start,
-            "key_end": key_end,
-        },
+        v,
+        residual,
+        _merge(
+            (identity_gain, softmax_gain, center_gain, skip_gain, branch_gain, scale),
+            (
+                fixed_identity_gain,
+                fixed_softmax_gain,
+                fixed_center_gain,
+                fixed_skip_gain,
+                fixed_branch_gain,
+                fixed_scale,
+            ),
+        ),
+        q_offset=q_offset,
+        key_start=key_start,
+        key_end=key_end,
+        attn_mask=attn_mask,
     )
-    options = _check(q, k, v, residual, gains, options)
+    options = {
+        "is_causal": is_causal,
+        "q_offset": q_offset,
+        "key_start": key_start,
+        "key_end": key_end,
+        "attn_mask": attn_mask,
+    }
     if _uses_kernels(q):
+        validation.resolve_impl("triton", q, v, residual)
         from .kernels.attention_fwd import attention_fwd
 
         return tuple(
@@ -210,24 +188,34 @@ def _attention_backward(
     needs_gains=False,
     needs_scale=False,
 ):
-    gains, options = _resolve(
+    gains, q_offset, attn_mask = validation.check_call(
         q,
         k,
-        (identity_gain, softmax_gain, center_gain, skip_gain, branch_gain, scale),
-        {
-            "fixed_identity_gain": fixed_identity_gain,
-            "fixed_softmax_gain": fixed_softmax_gain,
-            "fixed_center_gain": fixed_center_gain,
-            "fixed_skip_gain": fixed_skip_gain,
-            "fixed_branch_gain": fixed_branch_gain,
-            "fixed_scale": fixed_scale,
-            "is_causal": is_causal,
-            "q_offset": q_offset,
-            "attn_mask": validation.check_attn_mask(attn_mask, q, k),
-            "key_start": key_start,
-            "key_end": key_end,
-        },
+        v,
+        residual,
+        _merge(
+            (identity_gain, softmax_gain, center_gain, skip_gain, branch_gain, scale),
+            (
+                fixed_identity_gain,
+                fixed_softmax_gain,
+                fixed_center_gain,
+                fixed_skip_gain,
+                fixed_branch_gain,
+                fixed_scale,
+            ),
+        ),
+        q_offset=q_offset,
+        key_start=key_start,
+        key_end=key_end,
+        attn_mask=attn_mask,
     )
+    options = {
+        "is_causal": is_causal,
+        "q_offset": q_offset,
+        "key_start": key_start,
+        "key_end": key_end,
+        "attn_mask": attn_mask,
+    }
     if d_out is None:
         shape = (*q.shape[:3], v.shape[3])
         d_out = q.new_zeros((), dtype=output_dtype(q, residual)).expand(shape)
@@ -430,7 +418,7 @@ def attention_from_gains(
     """Call the operator with gains that are numbers or tensors; return `out` and `lse`."""
     fixed = {
         f"fixed_{name}": float(gain)
-        for name, gain in zip(_GAIN_NAMES, gains, strict=True)
+        for name, gain in zip(validation.GAIN_NAMES, gains, strict=True)
         if not isinstance(gain, Tensor)
     }
     tensors = [gain if isinstance(gain, Tensor) else None for gain in gains]

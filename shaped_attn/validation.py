@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .arguments import Gain
+from .arguments import Gain, Gains
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -57,6 +57,48 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> N
                 f"shape {_shape(x)}",
                 "Add or merge dimensions; a single sequence of one head is (1, 1, T, D).",
             )
+
+
+GAIN_NAMES = (
+    "identity_gain",
+    "softmax_gain",
+    "center_gain",
+    "skip_gain",
+    "branch_gain",
+    "scale",
+)
+"""Names of the fields of `Gains` in the public interface."""
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor | None,
+    gains: Gains,
+    *,
+    q_offset: int | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    attn_mask: Tensor | None,
+) -> tuple[Gains, int, Tensor | None]:
+    """Check the arguments against each other, after `check_tensors`.
+
+    Returns the gains with the default scale filled in, the resolved ``q_offset``, and the mask
+    expanded to (B, H, T, S) without a copy.
+    """
+    check_shapes(q, k, v, residual)
+    if gains.scale is None:
+        gains = gains._replace(scale=1.0 / (q.shape[3] * math.sqrt(q.shape[1])))
+    gains = Gains(
+        *(check_gain(name, gain, q) for name, gain in zip(GAIN_NAMES, gains, strict=True))
+    )
+    check_residual_gain(gains.skip, residual)
+    q_offset = check_q_offset(q_offset, q, k)
+    check_identity(gains.identity, q, k, q_offset)
+    check_key_range("key_start", key_start, q)
+    check_key_range("key_end", key_end, q)
+    return gains, q_offset, check_attn_mask(attn_mask, q, k)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> None:
@@ -350,7 +392,7 @@ def check_prior(prior: object, impl: str, q: Tensor, k: Tensor) -> Tensor | None
     return prior
 
 
-def resolve_impl(impl: str, q: Tensor, v: Tensor) -> str:
+def resolve_impl(impl: str, q: Tensor, v: Tensor, residual: Tensor | None) -> str:
     """Return the implementation to run, "triton", "torch" or "reference", if it can run this."""
     if not isinstance(impl, str):
         fail(
@@ -372,21 +414,22 @@ def resolve_impl(impl: str, q: Tensor, v: Tensor) -> str:
     if impl == "auto":
         impl = "triton" if device == "cuda" else "torch"
     if impl == "triton":
-        _check_triton(q, v)
+        _check_triton(q, v, residual)
     return impl
 
 
-def _check_triton(q: Tensor, v: Tensor) -> None:
+def _check_triton(q: Tensor, v: Tensor, residual: Tensor | None) -> None:
     from .kernels.configs import SUPPORTED_HEAD_DIMS
 
-    if q.dtype == torch.float64:
-        fail(
-            TypeError,
-            "q",
-            "must be float16, bfloat16 or float32 for impl='triton', the default on a GPU",
-            q.dtype,
-            "Convert it with q.float(), or pass impl='torch'.",
-        )
+    for name, x in (("q", q), ("residual", residual)):
+        if x is not None and x.dtype == torch.float64:
+            fail(
+                TypeError,
+                name,
+                "must be float16, bfloat16 or float32 for impl='triton', the default on a GPU",
+                x.dtype,
+                f"Convert it with {name}.float(), or pass impl='torch'.",
+            )
     dims = SUPPORTED_HEAD_DIMS
     for name, x, size in (("q", q, "D"), ("v", v, "Dv")):
         # Not `in dims`, which a size that is symbolic under torch.compile does not support.

@@ -434,6 +434,24 @@ def test_memory_is_linear_in_the_length(monkeypatch, name):
     assert long.largest < matrix / 8, long.operator
 
 
+def test_a_mask_of_keys_needs_no_chunks(monkeypatch):
+    """Whether it came with a dimension of size 1 or was expanded by the caller."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("split into chunks")
+
+    monkeypatch.setattr(composite, "checkpoint", refuse)
+    q, k, v, _ = make_inputs(Case(1, 2, 2, 300, 300, 4, 4, torch.float64))
+    mask = torch.rand(300) < 0.7
+    options = {"key_start": torch.tensor([9]), "impl": "torch"}
+    with torch.enable_grad():
+        narrow = shaped_attention(q, k, v, attn_mask=mask, **options)
+        expanded = shaped_attention(q, k, v, attn_mask=mask.expand(1, 2, 300, 300), **options)
+        with pytest.raises(AssertionError, match="split into chunks"):
+            shaped_attention(q, k, v, attn_mask=mask.repeat(300, 1), **options)
+    assert torch.equal(narrow, expanded)
+
+
 def test_memory_of_the_reference_is_not():
     """The measurement sees what it should."""
     short, long = (memory(length, impl="reference") for length in (512, 1024))

@@ -447,13 +447,16 @@ def test_auto_on_a_gpu_refuses_what_triton_cannot_do():
 
     resolve = shaped_attn.validation.resolve_impl
     with pytest.raises(TypeError, match="the default on a GPU.*impl='torch'"):
-        resolve("auto", OnGPU, OnGPU)
+        resolve("auto", OnGPU, OnGPU, None)
     OnGPU.dtype = torch.float32
-    assert resolve("auto", OnGPU, OnGPU) == "triton"
+    assert resolve("auto", OnGPU, OnGPU, None) == "triton"
+    wide = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
+    with pytest.raises(TypeError, match="residual must be float16.*residual.float()"):
+        resolve("auto", OnGPU, OnGPU, wide)
     OnGPU.shape = (1, 1, 16, 12)
     with pytest.raises(ValueError, match="the default on a GPU.*impl='torch'"):
-        resolve("auto", OnGPU, OnGPU)
-    assert resolve("torch", OnGPU, OnGPU) == "torch"
+        resolve("auto", OnGPU, OnGPU, None)
+    assert resolve("torch", OnGPU, OnGPU, None) == "torch"
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
