@@ -1,7 +1,7 @@
 """Time of `impl="torch"` on a CPU as ratios: to SDPA alone, and of the reference to it.
 
 Forward plus backward, float32, causal, B = 1, H = 8, D = 64. All candidates run in turn within one
-process; each ratio is that of medians. Start it from anywhere: `python bench/composite.py`.
+process; each ratio is that of medians. The package has to be installed.
 """
 
 from __future__ import annotations

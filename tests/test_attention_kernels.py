@@ -344,11 +344,12 @@ def test_strides_past_32_bits():
     # Only the touched pages of this memory exist.
     rows, stride, D = 3, 2**30 + 8, 16
     needed = (rows - 1) * stride + D
-    wide = torch.UntypedStorage(needed * 2)
-    far = torch.empty(0, dtype=torch.float16).set_(wide, 0, (1, 1, rows, D), (0, 0, stride, 1))
-    near = torch.randn(1, 1, rows, D).half()
+    wide = torch.UntypedStorage(needed * 2, device=DEVICE)
+    far = torch.empty(0, dtype=torch.float16, device=DEVICE)
+    far = far.set_(wide, 0, (1, 1, rows, D), (0, 0, stride, 1))
+    near = torch.randn(1, 1, rows, D, device=DEVICE).half()
     far.copy_(near)
-    q = torch.randn(1, 1, rows, D).half()
+    q = torch.randn(1, 1, rows, D, device=DEVICE).half()
     expected = shaped_attention(q, near, near, is_causal=True, impl="triton")
     assert torch.equal(shaped_attention(q, far, far, is_causal=True, impl="triton"), expected)
     assert torch.equal(
