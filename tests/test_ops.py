@@ -1,6 +1,7 @@
 """The registered operator: schema, fakes, autograd, compilation, and its CPU implementation."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -78,7 +79,15 @@ def gradients(function, *inputs):
     return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="inductor needs a C++ compiler",
+)
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_compiler)]
+)
 def test_compile_fullgraph(backend):
     inputs = [*draw(), gain(), gain(0.3, False)]
     compiled = torch.compile(attend, fullgraph=True, backend=backend)
