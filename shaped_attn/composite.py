@@ -325,7 +325,8 @@ def _mix(
     if own is not None:
         terms.append(_times(gains.branch * gains.identity, _to_heads(own, q)))
     if not terms:
-        return q.new_zeros(*q.shape[:3], value_dim)
+        # The branch gain stays in the graph, with gradient 0.
+        return _times(gains.branch, q.new_zeros(*q.shape[:3], value_dim))
     out = terms[0]
     for term in terms[1:]:
         out = out + term

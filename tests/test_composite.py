@@ -457,3 +457,13 @@ def test_memory_of_the_reference_is_not():
     short, long = (memory(length, impl="reference") for length in (512, 1024))
     assert long.peak > 3.5 * short.peak
     assert long.largest >= 2 * 1024 * 512 * 4
+
+
+def test_a_learnable_gain_of_terms_that_are_all_absent_has_gradient_zero():
+    """All terms fixed at 0.0 once dropped the branch gain from the graph, gradient None."""
+    q, k, v = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+    branch_gain = torch.ones(2, requires_grad=True)
+    absent = {"identity_gain": 0.0, "softmax_gain": 0.0, "center_gain": 0.0}
+    out = shaped_attention(q, k, v, branch_gain=branch_gain, **absent, impl="torch")
+    (gradient,) = torch.autograd.grad(out.sum(), branch_gain)
+    assert torch.equal(gradient, torch.zeros(2))
