@@ -113,6 +113,7 @@ def test_metadata(wheel):
         "click",
         "rich",
         "matplotlib",
+        "scipy",
     }
     assert "Apache License" in dist_info(wheel, "licenses/LICENSE")
 

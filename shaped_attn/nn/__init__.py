@@ -1,0 +1,42 @@
+"""Modules of the shaped transformer on top of the fused operator.
+
+`ShapedAttention` and `ShapedMLP` are the two halves of a `ShapedBlock`, and `ShapedTransformer` is
+a stack of blocks between embeddings and a head, described by a `ShapedTransformerConfig`. Each
+docstring gives the equation and the initial law of every parameter. `initializers` returns these
+laws for a tree of modules, `anneal_gains` moves the gains of the "recover" scheme, and
+`parameter_groups` tells an optimizer what to decay.
+
+Nothing but torch is needed. `import shaped_attn` does not import this package.
+"""
+
+from .attention import ShapedAttention
+from .block import ShapedBlock
+from .gains import ShapingGains, anneal_gains
+from .initialization import gaussian, initializers, orthogonal
+from .mlp import ShapedMLP, shaped_relu
+from .parameter_groups import parameter_groups
+from .positions import rotary_table
+from .projection import Projection
+from .transformer import (
+    ShapedTransformer,
+    ShapedTransformerConfig,
+    ShapedTransformerOutput,
+)
+
+__all__ = [
+    "Projection",
+    "ShapedAttention",
+    "ShapedBlock",
+    "ShapedMLP",
+    "ShapedTransformer",
+    "ShapedTransformerConfig",
+    "ShapedTransformerOutput",
+    "ShapingGains",
+    "anneal_gains",
+    "gaussian",
+    "initializers",
+    "orthogonal",
+    "parameter_groups",
+    "rotary_table",
+    "shaped_relu",
+]

@@ -1,0 +1,277 @@
+"""Multi-head shaped self-attention, with its residual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import Gain
+from ..functional import shaped_attention
+from ..validation import IMPLEMENTATIONS, check_flag, fail
+from .checks import (
+    check_choice,
+    check_divides,
+    check_number,
+    check_positive,
+    check_shape,
+    check_size,
+)
+from .gains import ShapingGains
+from .initialization import Initialized, gaussian, orthogonal
+from .positions import Rotary, rotate
+from .projection import Projection
+
+OUT_PROJ_LAWS = {"none": None, "gaussian": gaussian, "orthogonal": orthogonal}
+
+# The kernels take at most 256 columns of values at once, in steps of 8.
+MATRIX_COLUMNS = 64
+
+
+class ShapedAttention(Initialized, nn.Module):
+    r"""Shaped self-attention of one or several heads, mixed with a residual.
+
+    For x (B, T, width), per head::
+
+        Z = skip_gain * residual + branch_gain * concat_h( A_h X W_V,h ) W_O
+
+        A = identity_gain I + softmax_gain softmax(Y) - center_gain A0
+        Y = scale * (X W_Q) (X W_K)^T ,      scale = 1 / (tau0 sqrt(width head_dim))
+
+    A0 is the matrix of the softmax at zero logits: uniform over the keys that a query sees. Without
+    W_O the residual is mixed in the epilogue of the attention operator, with it in that of the
+    product with W_O, so that neither costs a pass over memory of its own.
+
+    ===================== ============================= ==========================================
+    parameter             shape                         initial law
+    ===================== ============================= ==========================================
+    ``query.weight``      (heads head_dim, width)       N(0, 1/width), independent
+    ``key.weight``        (kv_heads head_dim, width)    N(0, 1/width), independent
+    ``value.weight``      (kv_heads width/heads, width) N(0, 1/width), independent
+    ``out_proj.weight``   (width, width)                "gaussian": N(0, 1/width), independent;
+                                                        "orthogonal": Haar measure
+    ``gains.*``           (heads,)                      the start values; see `ShapingGains`
+    ===================== ============================= ==========================================
+
+    A product with such a weight is the product with an N(0, 1) matrix divided by sqrt(width), as
+    the papers write it. Any of the four weights may be replaced by a stack (networks, out, in) if
+    all are; x is then (networks, T, width).
+
+    Args:
+        width: n, size of the last dimension of x.
+        heads: number H of query heads, a divisor of ``width``. Default 1.
+        kv_heads: number of key-value heads, a divisor of ``heads``; query head h reads key-value
+            head h // (heads // kv_heads). Default None: ``heads``.
+        head_dim: n_k, columns of q and k per head. Values always have width // heads. Default None:
+            width // heads.
+        is_causal: whether no query sees a later key. Default False.
+        out_proj: W_O: "none" (the default: no such factor), "orthogonal" or "gaussian".
+        scale: "width" (the default) is 1 / (tau0 sqrt(width head_dim)), "standard" is
+            1 / (tau0 sqrt(head_dim)), a number is the scale itself. Only the first has a covariance
+            SDE.
+        tau0: temperature constant. Default 1.0.
+        identity_gain: weight of I, a number or one per head. Default 1.0.
+        softmax_gain: weight of the softmax, the same. Default 1.0.
+        center_gain: weight of A0, the same. Default None: that of ``softmax_gain``.
+        gain_scheme: "fixed" (the default), "learn" or "recover"; see `ShapingGains`.
+        learned_gains: gains that "learn" trains. Default ("identity_gain", "center_gain").
+        impl: as in `shaped_attn.shaped_attention`. Default "auto".
+        device: of the parameters. Default: torch's default device.
+        dtype: of the parameters. Default: torch's default dtype.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a size is not positive or does not divide the other, an unknown choice, a
+            number that is not finite, ``tau0`` given beside a scale that is a number.
+
+    References:
+        - Noci et al., The Shaped Transformer, arXiv 2306.17759; papers.md (P3), (P4).
+        - covariance-sde.md (1), (5), (6); heads and W_O: (32)-(34).
+        - He and Hofmann, Simplifying Transformer Blocks, arXiv 2311.01906, equation (5).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int = 1,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        is_causal: bool = False,
+        out_proj: str = "none",
+        scale: str | float = "width",
+        tau0: float = 1.0,
+        identity_gain: float | Sequence[float] = 1.0,
+        softmax_gain: float | Sequence[float] = 1.0,
+        center_gain: float | Sequence[float] | None = None,
+        gain_scheme: str = "fixed",
+        learned_gains: Sequence[str] = ("identity_gain", "center_gain"),
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.width = check_size("width", width)
+        self.heads = check_size("heads", heads)
+        check_divides("heads", heads, "width", width)
+        self.kv_heads = check_size("kv_heads", heads if kv_heads is None else kv_heads)
+        check_divides("kv_heads", self.kv_heads, "heads", heads)
+        value_dim = width // heads
+        self.head_dim = check_size("head_dim", value_dim if head_dim is None else head_dim)
+        check_flag("is_causal", is_causal)
+        self.is_causal = is_causal
+        check_choice("out_proj", out_proj, tuple(OUT_PROJ_LAWS))
+        check_choice("impl", impl, IMPLEMENTATIONS)
+        self.impl = impl
+        self.scale = _resolve_scale(scale, tau0, width, self.head_dim)
+
+        factory = {"device": device, "dtype": dtype}
+        self.query = Projection(width, self.heads * self.head_dim, **factory)
+        self.key = Projection(width, self.kv_heads * self.head_dim, **factory)
+        self.value = Projection(width, self.kv_heads * value_dim, **factory)
+        self.out_proj = None
+        if out_proj != "none":
+            self.out_proj = Projection(width, width, law=OUT_PROJ_LAWS[out_proj], **factory)
+        self.gains = ShapingGains(
+            heads,
+            identity_gain=identity_gain,
+            softmax_gain=softmax_gain,
+            center_gain=center_gain,
+            gain_scheme=gain_scheme,
+            learned_gains=learned_gains,
+            **factory,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        skip_gain: Gain = 1.0,
+        branch_gain: Gain = 1.0,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Return ``skip_gain * residual + branch_gain * attention(x)``, (B, T, width).
+
+        Args:
+            x: (B, T, width), dtype of the parameters unless under autocast.
+            residual: (B, T, width), dtype of x or a wider one, which the result then has; autocast
+                does not narrow it. Default None: no such term.
+            skip_gain: number or Tensor of shape (), weight of ``residual``. Default 1.0, the only
+                value without a residual.
+            branch_gain: weight of the attention. Default 1.0. As a number it goes into the product
+                with W_O if there is one; a Tensor of shape () or (heads,) goes into the operator.
+            key_start: (B,) int, first key that is not padding. Default 0.
+            key_end: (B,) int, one past the last key that is not padding. Default T.
+            attn_mask: bool, broadcastable to (B, heads, T, T), True where a query sees a key.
+                Default None: no further mask.
+            rotary: cosines and sines of `rotary_table` that turn q and k. Default None.
+
+        Raises:
+            TypeError, ValueError: from the check of shapes here, and from `shaped_attention`.
+        """
+        q, k, operator = self._operator(x, rotary, key_start, key_end, attn_mask)
+        v = _split(self.value(x), self.kv_heads)
+        if self.out_proj is None:
+            if residual is not None:
+                check_shape("residual", residual, tuple(x.shape))
+                residual = _split(residual, self.heads)
+            gains = {"skip_gain": skip_gain, "branch_gain": branch_gain}
+            return _merge(shaped_attention(q, k, v, residual, **gains, **operator))
+        if isinstance(branch_gain, Tensor):
+            out = shaped_attention(q, k, v, branch_gain=branch_gain, **operator)
+            return self.out_proj(_merge(out), residual, skip_gain)
+        out = shaped_attention(q, k, v, **operator)
+        return self.out_proj(_merge(out), residual, skip_gain, branch_gain)
+
+    def attention_matrix(
+        self,
+        x: Tensor,
+        *,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Return the matrix A by which ``forward`` multiplies the values, (B, heads, T, T).
+
+        It is not rebuilt from its formula: the values handed to the operator are the columns of the
+        identity matrix, and what comes out is A. Arguments as in ``forward``.
+        """
+        q, k, operator = self._operator(x, rotary, key_start, key_end, attn_mask)
+        batch, length, _ = x.shape
+        columns = math.ceil(max(length, 1) / MATRIX_COLUMNS) * MATRIX_COLUMNS
+        identity = torch.eye(length, columns, dtype=q.dtype, device=q.device)
+        parts = [
+            shaped_attention(q, k, values.expand(batch, self.kv_heads, -1, -1), **operator)
+            for values in identity.split(MATRIX_COLUMNS, dim=-1)
+        ]
+        return torch.cat(parts, dim=-1)[..., :length]
+
+    def _operator(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        key_start: Tensor | None,
+        key_end: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, dict]:
+        """Return q, k, and the keyword arguments of the operator that follow from this module."""
+        check_shape("x", x, ("B", "T", self.width))
+        q = _split(self.query(x), self.heads)
+        k = _split(self.key(x), self.kv_heads)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return (
+            q,
+            k,
+            {
+                **self.gains(),
+                "scale": self.scale,
+                "is_causal": self.is_causal,
+                "key_start": key_start,
+                "key_end": key_end,
+                "attn_mask": attn_mask,
+                "impl": self.impl,
+            },
+        )
+
+    def extra_repr(self) -> str:
+        """Return sizes, scale and implementation."""
+        return (
+            f"width={self.width}, heads={self.heads}, kv_heads={self.kv_heads}, "
+            f"head_dim={self.head_dim}, is_causal={self.is_causal}, scale={self.scale:.4g}, "
+            f"impl={self.impl!r}"
+        )
+
+
+def _resolve_scale(scale: str | float, tau0: float, width: int, head_dim: int) -> float:
+    tau0 = check_positive("tau0", tau0)
+    if not isinstance(scale, str):
+        if tau0 != 1.0:
+            fail(
+                ValueError,
+                "tau0",
+                'must keep its default 1.0 unless scale is "width" or "standard"',
+                tau0,
+                "Divide scale by it, and leave tau0 out.",
+            )
+        return check_number("scale", scale)
+    temperatures = {"width": math.sqrt(width * head_dim), "standard": math.sqrt(head_dim)}
+    check_choice("scale", scale, tuple(temperatures))
+    return 1.0 / (tau0 * temperatures[scale])
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """(B, T, heads D) to (B, heads, T, D)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _merge(x: Tensor) -> Tensor:
+    """(B, heads, T, D) to (B, T, heads D)."""
+    return x.transpose(1, 2).flatten(2)

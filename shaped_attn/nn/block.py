@@ -1,0 +1,233 @@
+"""One block of the shaped transformer: attention, then the MLP, each mixed with the stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..validation import check_flag, fail
+from .attention import ShapedAttention
+from .checks import check_choice, check_number, check_shape, check_size
+from .initialization import Initialized
+from .mlp import ShapedMLP
+from .positions import Rotary
+from .projection import is_autocast
+
+NORMS = (None, "rms", "layer")
+NORM_EPS = 1e-6
+
+# How far skip_gain^2 + branch_gain^2 may be from 1: gains written with six digits pass.
+VARIANCE_TOLERANCE = 1e-5
+
+
+class ShapedBlock(Initialized, nn.Module):
+    r"""Shaped attention and shaped MLP, each with a weighted skip around it.
+
+    For the stream X (B, T, width)::
+
+        Z  = skip_gain X + branch_gain attention(X)
+        X' = skip_gain Z + branch_gain mlp(Z) ,            skip_gain^2 + branch_gain^2 = 1
+
+    which is the block of the theory. With ``norm`` each branch, not the skip, reads a normalised
+    stream: attention(Norm(X)), mlp(Norm(Z)).
+
+    ============================== ========= =====================================================
+    parameter                      shape     initial law
+    ============================== ========= =====================================================
+    ``attention.*``                          see `ShapedAttention`
+    ``mlp.*``                                see `ShapedMLP`
+    ``{attention,mlp}_norm.weight`` (width,) 1
+    ``{attention,mlp}_norm.bias``  (width,)  0 ("layer" only)
+    ============================== ========= =====================================================
+
+    The weights of all projections may be replaced by stacks (networks, out, in) and drawn by
+    ``reset_parameters``; X is then (networks, T, width), one network per batch entry.
+
+    Args:
+        width: n, size of the last dimension of X.
+        heads: number of query heads. Default 1.
+        branch_gain: gamma, weight of both branches. Default 0.5.
+        skip_gain: lambda, weight of both skips. Default None: sqrt(1 - branch_gain^2).
+        preserves_variance: whether skip_gain^2 + branch_gain^2 has to be 1, up to 1e-5. Pass
+            False for an ablation that breaks it, such as 1 + e/width of covariance-sde.md (35).
+            Default True.
+        attention: whether there is an attention half. Default True.
+        mlp: whether there is an MLP half. Default True.
+        norm: None (the default, as in the theory), "rms" (`torch.nn.RMSNorm`) or "layer"
+            (`torch.nn.LayerNorm`), with eps 1e-6.
+        kv_heads, head_dim, is_causal, out_proj, scale, tau0, identity_gain, softmax_gain,
+            center_gain, gain_scheme, learned_gains, impl: as in `ShapedAttention`.
+        mlp_ratio, c_plus, c_minus, trainable_slopes: as in `ShapedMLP`.
+        device: of the parameters. Default: torch's default device.
+        dtype: of the parameters. Default: torch's default dtype.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the gains break the rule, both halves are left out, an unknown norm, or as in
+            `ShapedAttention` and `ShapedMLP`.
+
+    References:
+        Noci et al., The Shaped Transformer, arXiv 2306.17759; papers.md (P3)-(P6);
+        covariance-sde.md (1)-(6).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int = 1,
+        *,
+        branch_gain: float = 0.5,
+        skip_gain: float | None = None,
+        preserves_variance: bool = True,
+        attention: bool = True,
+        mlp: bool = True,
+        norm: str | None = None,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        is_causal: bool = False,
+        out_proj: str = "none",
+        scale: str | float = "width",
+        tau0: float = 1.0,
+        identity_gain: float | Sequence[float] = 1.0,
+        softmax_gain: float | Sequence[float] = 1.0,
+        center_gain: float | Sequence[float] | None = None,
+        gain_scheme: str = "fixed",
+        learned_gains: Sequence[str] = ("identity_gain", "center_gain"),
+        impl: str = "auto",
+        mlp_ratio: float = 1.0,
+        c_plus: float = 0.0,
+        c_minus: float = -1.0,
+        trainable_slopes: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.width = check_size("width", width)
+        self.skip_gain, self.branch_gain = _check_gains(skip_gain, branch_gain, preserves_variance)
+        check_flag("attention", attention)
+        check_flag("mlp", mlp)
+        if not attention and not mlp:
+            fail(
+                ValueError,
+                "attention and mlp",
+                "must not both be False",
+                "a block of neither",
+                "Keep one of the two halves.",
+            )
+        check_choice("norm", norm, NORMS)
+        self.norm = norm
+        factory = {"device": device, "dtype": dtype}
+        self.attention_norm = self.attention = self.mlp_norm = self.mlp = None
+        if attention:
+            self.attention_norm = make_norm(norm, width, **factory)
+            self.attention = ShapedAttention(
+                width,
+                heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                is_causal=is_causal,
+                out_proj=out_proj,
+                scale=scale,
+                tau0=tau0,
+                identity_gain=identity_gain,
+                softmax_gain=softmax_gain,
+                center_gain=center_gain,
+                gain_scheme=gain_scheme,
+                learned_gains=learned_gains,
+                impl=impl,
+                **factory,
+            )
+        if mlp:
+            self.mlp_norm = make_norm(norm, width, **factory)
+            self.mlp = ShapedMLP(
+                width,
+                mlp_ratio,
+                c_plus=c_plus,
+                c_minus=c_minus,
+                trainable_slopes=trainable_slopes,
+                **factory,
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Return X' for the stream X, both (B, T, width).
+
+        Args:
+            x: (B, T, width). It may be of a wider dtype than the parameters and keeps it: each
+                branch reads it rounded to the dtype of its weights. Autocast does not narrow it.
+            key_start, key_end, attn_mask, rotary: as in `ShapedAttention`; without attention they
+                have no effect.
+
+        Raises:
+            TypeError, ValueError: as in `ShapedAttention`.
+        """
+        check_shape("x", x, ("B", "T", self.width))
+        gains = {"skip_gain": self.skip_gain, "branch_gain": self.branch_gain}
+        if self.attention is not None:
+            x, read = _read(x, self.attention_norm, self.attention.value.weight.dtype)
+            visibility = {"key_start": key_start, "key_end": key_end, "attn_mask": attn_mask}
+            x = self.attention(read, x, **gains, **visibility, rotary=rotary)
+        if self.mlp is not None:
+            x, read = _read(x, self.mlp_norm, self.mlp.pre.weight.dtype)
+            x = self.mlp(read, x, **gains)
+        return x
+
+    def extra_repr(self) -> str:
+        """Return the gains and the kind of norm."""
+        return (
+            f"skip_gain={self.skip_gain:.6g}, branch_gain={self.branch_gain:.6g}, "
+            f"norm={self.norm!r}"
+        )
+
+
+def make_norm(
+    norm: str | None,
+    width: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module | None:
+    """Return the normalisation layer of that name over the last dimension, or None."""
+    if norm is None:
+        return None
+    layer = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[norm]
+    return layer(width, eps=NORM_EPS, device=device, dtype=dtype)
+
+
+def _read(x: Tensor, norm: nn.Module | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the stream, no narrower than ``dtype``, and what a branch of that dtype reads."""
+    if is_autocast(x):
+        return x, x if norm is None else norm(x)
+    x = x.to(torch.promote_types(x.dtype, dtype))
+    read = x.to(dtype)
+    return x, read if norm is None else norm(read)
+
+
+def _check_gains(
+    skip_gain: float | None, branch_gain: float, preserves_variance: bool
+) -> tuple[float, float]:
+    check_flag("preserves_variance", preserves_variance)
+    branch_gain = check_number("branch_gain", branch_gain)
+    if skip_gain is None:
+        branch_gain = check_number("branch_gain", branch_gain, low=0.0, high=1.0)
+        return math.sqrt(1.0 - branch_gain**2), branch_gain
+    skip_gain = check_number("skip_gain", skip_gain)
+    total = skip_gain**2 + branch_gain**2
+    if preserves_variance and abs(total - 1.0) > VARIANCE_TOLERANCE:
+        fail(
+            ValueError,
+            "skip_gain",
+            f"must satisfy skip_gain^2 + branch_gain^2 = 1 for branch_gain={branch_gain:g}",
+            f"{skip_gain:g}, hence {total:.6g}",
+            "Leave it out for sqrt(1 - branch_gain^2), or pass preserves_variance=False.",
+        )
+    return skip_gain, branch_gain

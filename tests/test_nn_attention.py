@@ -1,0 +1,640 @@
+"""`ShapedAttention` and its gains, against the formula written out head by head in float64."""
+
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shaped_attn.nn import (
+    Projection,
+    ShapedAttention,
+    ShapingGains,
+    anneal_gains,
+    attention,
+    rotary_table,
+)
+from shaped_attn.testing import relative_error, rounding_error
+
+BATCH, LENGTH, WIDTH = 3, 7, 24
+SKIP, BRANCH = 0.8, 0.6
+
+VISIBILITY = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "left": {"key_start": torch.tensor([0, 2, 6])},
+    "right": {"is_causal": True, "key_end": torch.tensor([7, 1, 4])},
+    "mask": {"attn_mask": (torch.arange(49) % 3 > 0).view(7, 7)},
+}
+
+
+def visible_keys(module, key_start=None, key_end=None, attn_mask=None):
+    """(B, heads, T, T) bool."""
+    key = torch.arange(LENGTH)
+    visible = torch.ones(BATCH, module.heads, LENGTH, LENGTH, dtype=torch.bool)
+    if module.is_causal:
+        visible = visible & (key <= key[:, None])
+    if key_start is not None:
+        visible = visible & (key >= key_start[:, None, None, None])
+    if key_end is not None:
+        visible = visible & (key < key_end[:, None, None, None])
+    return visible if attn_mask is None else visible & attn_mask
+
+
+def matrices(module, x, scale, gains=(1.0, 1.0, 1.0), turn=lambda x: x, **visibility):
+    """A of every head, as its formula says, (B, heads, T, T)."""
+    visible = visible_keys(module, **visibility)
+    size, group = module.head_dim, module.heads // module.kv_heads
+    found = []
+    for h in range(module.heads):
+        a, b, c = (gain[h] if isinstance(gain, torch.Tensor) else gain for gain in gains)
+        g = h // group
+        q = turn(x @ module.query.weight[h * size : (h + 1) * size].T)
+        k = turn(x @ module.key.weight[g * size : (g + 1) * size].T)
+        logits = (scale * (q @ k.mT)).masked_fill(~visible[:, h], -torch.inf)
+        softmax = logits.softmax(-1).nan_to_num(0.0)
+        prior = visible[:, h].to(x.dtype) / visible[:, h].sum(-1, keepdim=True).clamp(min=1)
+        found.append(a * torch.eye(LENGTH, dtype=x.dtype) + b * softmax - c * prior)
+    return torch.stack(found, dim=1)
+
+
+def formula(module, x, residual, skip, branch, **options):
+    size, group = WIDTH // module.heads, module.heads // module.kv_heads
+    found = matrices(module, x, **options)
+    heads = []
+    for h in range(module.heads):
+        g = h // group
+        heads.append(found[:, h] @ (x @ module.value.weight[g * size : (g + 1) * size].T))
+    out = torch.cat(heads, dim=-1)
+    if module.out_proj is not None:
+        out = out @ module.out_proj.weight.T
+    return skip * residual + branch * out
+
+
+def assert_equal(actual, expected, *, passes=1):
+    """Up to the rounding of the sums behind one element, times the passes through them."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    sums = 3 * WIDTH + LENGTH  # q or k, v, W_O and the sum over keys
+    assert relative_error(actual, expected) <= passes * sums * rounding_error(actual.dtype)
+
+
+def build(heads=2, dtype=torch.float64, **options):
+    return ShapedAttention(WIDTH, heads, dtype=dtype, **options)
+
+
+def stream(dtype=torch.float64):
+    return torch.randn(2, BATCH, LENGTH, WIDTH, dtype=dtype)
+
+
+def width_scale(module, tau0=1.0):
+    return 1 / (tau0 * math.sqrt(WIDTH * module.head_dim))
+
+
+# The formula
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("visibility", VISIBILITY)
+@pytest.mark.parametrize("out_proj", ["none", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_equals_the_formula(heads, out_proj, visibility, impl):
+    options = dict(VISIBILITY[visibility])
+    is_causal = options.pop("is_causal", False)
+    module = build(heads, out_proj=out_proj, is_causal=is_causal, tau0=0.25, impl=impl)
+    x, residual = stream()
+    out = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH, **options)
+    scale = width_scale(module, tau0=0.25)
+    assert_equal(out, formula(module, x, residual, SKIP, BRANCH, scale=scale, **options))
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gaussian"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("head_dim", [1, 5, 16])
+def test_grouped_heads_and_any_head_dim(head_dim, kv_heads, out_proj):
+    module = build(4, kv_heads=kv_heads, head_dim=head_dim, out_proj=out_proj, is_causal=True)
+    assert module.query.weight.shape == (4 * head_dim, WIDTH)
+    assert module.key.weight.shape == (kv_heads * head_dim, WIDTH)
+    assert module.value.weight.shape == (kv_heads * 6, WIDTH)
+    x, residual = stream()
+    out = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+    assert_equal(out, formula(module, x, residual, SKIP, BRANCH, scale=width_scale(module)))
+
+
+@pytest.mark.parametrize(
+    "scale, tau0, expected",
+    [
+        ("width", 1.0, 1 / math.sqrt(WIDTH * 12)),
+        ("width", 0.5, 2 / math.sqrt(WIDTH * 12)),
+        ("standard", 1.0, 1 / math.sqrt(12)),
+        ("standard", 2.0, 0.5 / math.sqrt(12)),
+        (0.3, 1.0, 0.3),
+    ],
+)
+def test_scale(scale, tau0, expected):
+    module = build(scale=scale, tau0=tau0)
+    x, residual = stream()
+    assert_equal(module(x, residual), formula(module, x, residual, 1.0, 1.0, scale=expected))
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gaussian"])
+def test_gains_per_head(out_proj):
+    gains = {"identity_gain": (0.5, 1.5), "softmax_gain": [2.0, 0.3], "center_gain": (0.7, 0.0)}
+    module = build(out_proj=out_proj, **gains)
+    x, residual = stream()
+    tensors = [torch.tensor(gain, dtype=torch.float64) for gain in gains.values()]
+    expected = formula(module, x, residual, SKIP, BRANCH, scale=width_scale(module), gains=tensors)
+    assert_equal(module(x, residual, skip_gain=SKIP, branch_gain=BRANCH), expected)
+
+
+def test_center_gain_is_the_softmax_gain_unless_given():
+    assert build(softmax_gain=0.3).gains()["center_gain"] == 0.3
+    assert build(softmax_gain=(0.3, 0.2)).gains()["center_gain"].tolist() == [0.3, 0.2]
+    assert build(softmax_gain=0.3, center_gain=0.0).gains()["center_gain"] == 0.0
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gaussian"])
+def test_without_residual(out_proj):
+    module = build(out_proj=out_proj)
+    x, residual = stream()
+    expected = formula(module, x, 0 * residual, 1.0, BRANCH, scale=width_scale(module))
+    assert_equal(module(x, branch_gain=BRANCH), expected)
+
+
+def test_rotary_turns_queries_and_keys():
+    """Against multiplication by exp(i angle), with pairs as complex numbers."""
+    module = build(is_causal=True, scale="standard")
+    x, residual = stream()
+
+    def turn(x):
+        position = torch.arange(LENGTH, dtype=torch.float64)[:, None]
+        angle = position * 100.0 ** (-torch.arange(6, dtype=torch.float64) / 6)
+        turned = torch.complex(x[..., :6], x[..., 6:]) * torch.polar(torch.ones(()).double(), angle)
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    rotary = rotary_table(LENGTH, 12, 100.0, dtype=torch.float64)
+    out = module(x, residual, rotary=rotary)
+    expected = formula(module, x, residual, 1.0, 1.0, scale=1 / math.sqrt(12), turn=turn)
+    assert_equal(out, expected)
+    assert relative_error(module(x, residual), expected) > 1e-3  # the positions are seen
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_gradients_equal_those_of_the_formula(heads, out_proj):
+    names = ("identity_gain", "softmax_gain", "center_gain")
+    module = build(
+        heads,
+        kv_heads=max(1, heads // 2),
+        is_causal=True,
+        out_proj=out_proj,
+        tau0=0.25,
+        identity_gain=0.9,
+        softmax_gain=1.2,
+        center_gain=0.7,
+        gain_scheme="learn",
+        learned_gains=names,
+    )
+    x, residual = (x.requires_grad_() for x in stream())
+    out = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+    gains = [getattr(module.gains, name) for name in names]
+    scale = width_scale(module, tau0=0.25)
+    expected = formula(module, x, residual, SKIP, BRANCH, scale=scale, gains=gains)
+    leaves = {"x": x, "residual": residual, **dict(module.named_parameters())}
+    assert len(leaves) == 2 + 3 + (out_proj != "none") + 3
+    # With this loss the sums behind the gradients of gains have no large terms that cancel.
+    actual = torch.autograd.grad(out.square().sum(), list(leaves.values()))
+    wanted = torch.autograd.grad(expected.square().sum(), list(leaves.values()))
+    for name, found, gradient in zip(leaves, actual, wanted, strict=True):
+        assert gradient.norm() > 0, name
+        assert_equal(found, gradient, passes=3)
+
+
+# Where the residual is mixed in
+
+
+class Operators(TorchDispatchMode):
+    """Counts the arithmetic of what runs inside."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "add", "mul")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.NAMES:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(call):
+    with Operators() as operators, torch.no_grad():
+        call()
+    return operators.counts
+
+
+@pytest.mark.parametrize("out_proj", ["gaussian", "orthogonal"])
+def test_output_projection_takes_the_residual_in_its_epilogue(out_proj):
+    module = build(out_proj=out_proj)
+    x, residual = stream()
+    plain = count(lambda: module(x))
+    mixed = count(lambda: module(x, residual, skip_gain=SKIP, branch_gain=BRANCH))
+    assert plain["mm"] == 4
+    assert mixed == plain - Counter(mm=1) + Counter(addmm=1)
+
+
+@pytest.mark.parametrize("branch_gain", [BRANCH, torch.tensor([0.6, 0.5], dtype=torch.float64)])
+def test_operator_takes_the_residual_without_output_projection(branch_gain, monkeypatch):
+    module = build(impl="reference")
+    x, residual = stream()
+    calls = []
+
+    def record(*args, **options):
+        calls.append((args, options))
+        return args[3]
+
+    monkeypatch.setattr(attention, "shaped_attention", record)
+    out = module(x, residual, skip_gain=SKIP, branch_gain=branch_gain)
+    ((_, _, _, taken), options) = calls[0]
+    assert taken.data_ptr() == residual.data_ptr()
+    assert torch.equal(out, residual)  # what the operator returns is the result
+    assert options["skip_gain"] == SKIP and options["branch_gain"] is branch_gain
+    assert options["impl"] == "reference"
+
+
+def test_a_tensor_branch_gain_goes_into_the_operator(monkeypatch):
+    module = build(out_proj="gaussian")
+    x, residual = stream()
+    expected = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+    seen = []
+    operator = attention.shaped_attention
+
+    def record(*args, **options):
+        seen.append(options.get("branch_gain", 1.0))
+        return operator(*args, **options)
+
+    monkeypatch.setattr(attention, "shaped_attention", record)
+    gain = torch.full((2,), BRANCH, dtype=torch.float64, requires_grad=True)
+    mixed = count(lambda: module(x, residual, skip_gain=SKIP, branch_gain=gain))
+    assert mixed["addmm"] == 1 and seen == [gain]
+    out = module(x, residual, skip_gain=SKIP, branch_gain=gain)
+    assert_equal(out, expected)
+    out.sum().backward()
+    assert gain.grad.abs().min() > 0
+    assert_equal(module(x, residual, skip_gain=SKIP, branch_gain=BRANCH), expected)
+    assert seen[-1] == 1.0
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gaussian"])
+def test_tensor_skip_gain(out_proj):
+    module = build(out_proj=out_proj)
+    x, residual = stream()
+    gain = torch.tensor(SKIP, dtype=torch.float64, requires_grad=True)
+    out = module(x, residual, skip_gain=gain, branch_gain=BRANCH)
+    assert_equal(out, module(x, residual, skip_gain=SKIP, branch_gain=BRANCH))
+    (gradient,) = torch.autograd.grad((out * residual).sum(), gain)
+    assert_equal(gradient, residual.square().sum())
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gaussian"])
+def test_a_wider_residual_stays_wide(out_proj):
+    module = build(out_proj=out_proj, dtype=torch.bfloat16)
+    x, residual = stream(torch.float32)
+    x = x.bfloat16()
+    out = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+    assert out.dtype == torch.float32
+    # Nothing else is rounded to bfloat16 than the branch.
+    assert torch.equal(module(0 * x, residual, skip_gain=SKIP, branch_gain=BRANCH), SKIP * residual)
+    branch = module(x)
+    assert branch.dtype == torch.bfloat16
+    error = relative_error(out - SKIP * residual, BRANCH * branch.float())
+    assert error <= 2 * rounding_error(torch.bfloat16)
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gaussian"])
+def test_autocast_keeps_the_residual_wide(out_proj):
+    module = build(out_proj=out_proj, dtype=torch.float32, gain_scheme="learn")
+    x, residual = stream(torch.float32)
+    residual.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+        out = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+        skip = module(0 * x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+    assert out.dtype == torch.float32
+    assert torch.equal(skip, SKIP * residual)
+    out.sum().backward()
+    assert torch.equal(residual.grad, torch.full_like(residual, SKIP))
+    assert all(p.grad.dtype == torch.float32 and p.grad.norm() > 0 for p in module.parameters())
+
+
+# Gain schemes
+
+
+def test_fixed_gains_are_numbers():
+    module = build()
+    assert module.gains() == {"identity_gain": 1.0, "softmax_gain": 1.0, "center_gain": 1.0}
+    assert set(module.state_dict()) == {"query.weight", "key.weight", "value.weight"}
+
+
+@pytest.mark.parametrize(
+    "learned", [("identity_gain", "center_gain"), ("softmax_gain",), ["center_gain"]]
+)
+def test_learned_gains_are_parameters_per_head(learned):
+    module = build(4, gain_scheme="learn", learned_gains=learned, softmax_gain=(1, 2, 3, 4))
+    parameters = dict(module.gains.named_parameters())
+    assert set(parameters) == set(learned)
+    starts = {"identity_gain": [1.0] * 4, "softmax_gain": [1.0, 2.0, 3.0, 4.0]}
+    starts["center_gain"] = starts["softmax_gain"]
+    for name, parameter in parameters.items():
+        assert parameter.tolist() == starts[name]
+    assert ("softmax_gain" in dict(module.gains.named_buffers())) == ("softmax_gain" not in learned)
+
+
+def test_learned_gains_default_to_identity_and_center():
+    module = build(gain_scheme="learn")
+    assert set(dict(module.gains.named_parameters())) == {"identity_gain", "center_gain"}
+
+
+def test_training_moves_the_learned_gains_alone():
+    module = build(gain_scheme="learn")
+    x, residual = stream()
+    optimizer = torch.optim.SGD(module.gains.parameters(), lr=0.1)
+    module(x, residual).square().sum().backward()
+    optimizer.step()
+    gains = module.gains()
+    assert all((gains[name] != 1.0).all() for name in ("identity_gain", "center_gain"))
+    assert gains["softmax_gain"] == 1.0
+
+
+@pytest.mark.parametrize("identity_gain", [1.0, (0.5, 2.0)])
+def test_recover_goes_from_shaped_to_plain(identity_gain):
+    options = {"is_causal": True, "scale": "standard", "identity_gain": identity_gain}
+    module = build(gain_scheme="recover", **options)
+    x, residual = stream()
+    shaped = build(**options)
+    shaped.load_state_dict(module.state_dict(), strict=False)
+    assert_equal(module(x, residual), shaped(x, residual))
+
+    anneal_gains(module, 0.25)
+    start = torch.tensor(identity_gain, dtype=torch.float64).expand(2)
+    gains = [0.75 * start, 1.0, 0.75]
+    expected = formula(module, x, residual, 1.0, 1.0, scale=12**-0.5, gains=gains)
+    assert_equal(module(x, residual), expected)
+
+    anneal_gains(module, 1.0)
+    gains = module.gains()
+    assert (gains["identity_gain"] == 0).all() and (gains["center_gain"] == 0).all()
+    q, k, v = (
+        projection(x).view(BATCH, LENGTH, 2, 12).transpose(1, 2)
+        for projection in (module.query, module.key, module.value)
+    )
+    plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_equal(module(x, residual), residual + plain.transpose(1, 2).flatten(2))
+
+    anneal_gains(module, 0)
+    assert_equal(module(x, residual), shaped(x, residual))
+
+
+def test_a_gain_that_recover_starts_at_zero_saves_its_work():
+    gains = build(gain_scheme="recover", identity_gain=0.0, center_gain=0.5).gains()
+    assert gains["identity_gain"] == 0.0 and isinstance(gains["identity_gain"], float)
+    assert gains["center_gain"].item() == 0.5
+
+
+def test_annealing_is_part_of_the_state():
+    module, other = (build(gain_scheme="recover") for _ in range(2))
+    anneal_gains(module, 0.5)
+    other.load_state_dict(module.state_dict())
+    assert other.gains()["center_gain"].item() == 0.5
+    other.reset_parameters()
+    assert other.gains()["center_gain"].item() == 1.0
+
+
+def test_annealing_reaches_all_attentions_of_a_tree():
+    tree = torch.nn.ModuleList(
+        [build(gain_scheme="recover"), build(), build(gain_scheme="recover")]
+    )
+    anneal_gains(tree, 0.5)
+    assert [float(part.gains()["identity_gain"]) for part in tree] == [0.5, 1.0, 0.5]
+
+
+def test_annealing_does_not_recompile():
+    torch._dynamo.reset()
+    module = build(gain_scheme="recover", is_causal=True)
+    x, residual = stream()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled(x, residual)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for fraction in (0.0, 0.3, 1.0):
+            anneal_gains(module, fraction)
+            assert_equal(compiled(x, residual), module(x, residual))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan, math.inf])
+def test_fraction_outside_of_its_range(fraction):
+    with pytest.raises(ValueError, match=r"fraction must be (from 0 to 1|finite), got"):
+        anneal_gains(build(gain_scheme="recover"), fraction)
+
+
+def test_nothing_to_anneal():
+    with pytest.raises(ValueError, match='module must contain an attention with gain_scheme="rec'):
+        anneal_gains(build(gain_scheme="learn"), 0.5)
+    with pytest.raises(TypeError, match="fraction must be a number"):
+        anneal_gains(build(gain_scheme="recover"), "half")
+
+
+# The combined matrix
+
+
+@pytest.mark.parametrize("visibility", VISIBILITY)
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_attention_matrix_equals_the_formula(kv_heads, visibility):
+    options = dict(VISIBILITY[visibility])
+    is_causal = options.pop("is_causal", False)
+    gains = (0.9, 1.2, 0.7)
+    names = ("identity_gain", "softmax_gain", "center_gain")
+    module = build(
+        4,
+        kv_heads=kv_heads,
+        is_causal=is_causal,
+        scale="standard",
+        **dict(zip(names, gains, strict=True)),
+    )
+    x, _ = stream()
+    found = module.attention_matrix(x, **options)
+    assert found.shape == (BATCH, 4, LENGTH, LENGTH)
+    assert_equal(found, matrices(module, x, scale=6**-0.5, gains=gains, **options))
+
+
+def test_attention_matrix_of_many_tokens_is_what_multiplies_the_values():
+    length = 2 * attention.MATRIX_COLUMNS + 3
+    module = build(1, is_causal=True, scale="standard")
+    x = torch.randn(2, length, WIDTH, dtype=torch.float64)
+    rotary = rotary_table(length, WIDTH, dtype=torch.float64)
+    found = module.attention_matrix(x, rotary=rotary)
+    assert found.shape == (2, 1, length, length)
+    out = module(x, rotary=rotary)
+    sums = 2 * WIDTH + 2 * length
+    error = relative_error(found[:, 0] @ module.value(x), out)
+    assert error <= sums * rounding_error(torch.float64)
+
+
+# Stacks of networks
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gaussian", "orthogonal"])
+def test_a_stack_equals_its_networks_one_by_one(out_proj):
+    singles = [build(2, kv_heads=1, out_proj=out_proj, is_causal=True) for _ in range(BATCH)]
+    stack = build(2, kv_heads=1, out_proj=out_proj, is_causal=True)
+    for name, part in stack.named_modules():
+        if isinstance(part, Projection):
+            weights = [single.get_submodule(name).weight for single in singles]
+            part.weight = torch.nn.Parameter(torch.stack(weights))
+    x, residual = stream()
+    gains = {"skip_gain": SKIP, "branch_gain": BRANCH}
+    out = stack(x, residual, **gains)
+    maps = stack.attention_matrix(x)
+    for i, single in enumerate(singles):
+        one = slice(i, i + 1)
+        assert_equal(out[one], single(x[one], residual[one], **gains))
+        assert_equal(maps[one], single.attention_matrix(x[one]))
+    if out_proj != "none":
+        assert count(lambda: stack(x, residual, **gains))["baddbmm"] == 1
+
+
+# The fused kernels
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gaussian"])
+def test_triton_equals_the_reference(out_proj):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernel, reference = (
+        ShapedAttention(
+            32,
+            2,
+            out_proj=out_proj,
+            is_causal=True,
+            gain_scheme="learn",
+            learned_gains=("identity_gain", "softmax_gain", "center_gain"),
+            scale="standard",
+            impl=impl,
+            dtype=dtype,
+            device=device,
+        )
+        for impl, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    reference.load_state_dict(kernel.state_dict())
+    x, residual = torch.randn(2, 1, 5, 32, device=device)
+    results = []
+    for module, dtype in ((kernel, torch.float32), (reference, torch.float64)):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (x, residual)]
+        out = module(*inputs, skip_gain=SKIP, branch_gain=BRANCH)
+        leaves = [*inputs, *module.parameters()]
+        gradients = torch.autograd.grad(out.square().sum(), leaves)
+        results.append([out.detach(), *gradients])
+    sums = 4 * 32 + 5
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) <= 3 * sums * rounding_error(torch.float32)
+    # More columns than tokens: the kernels take 64 at once.
+    sums = 32 + 16 + 5
+    maps = kernel.attention_matrix(x).double(), reference.attention_matrix(x.double())
+    assert relative_error(*maps) <= sums * rounding_error(torch.float32)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "error, options, message",
+    [
+        (ValueError, {"width": 0}, "width must be at least 1, got 0"),
+        (TypeError, {"width": 8.0}, "width must be an int, got 8.0"),
+        (TypeError, {"heads": True}, "heads must be an int, got True"),
+        (ValueError, {"heads": 3}, "heads must divide width, 8, got 3"),
+        (ValueError, {"heads": 4, "kv_heads": 3}, "kv_heads must divide heads, 4, got 3"),
+        (ValueError, {"head_dim": 0}, "head_dim must be at least 1"),
+        (TypeError, {"is_causal": 1}, "is_causal must be True or False"),
+        (ValueError, {"out_proj": "normal"}, "out_proj must be one of 'none', 'gaussian', 'orth"),
+        (ValueError, {"impl": "cuda"}, "impl must be one of 'auto', 'triton'"),
+        (ValueError, {"scale": "depth"}, "scale must be one of 'width', 'standard', got 'depth'"),
+        (TypeError, {"scale": None}, "scale must be a number, got None"),
+        (ValueError, {"scale": math.nan}, "scale must be finite, got nan"),
+        (ValueError, {"scale": 0.1, "tau0": 2.0}, "tau0 must keep its default 1.0 unless scale"),
+        (ValueError, {"tau0": 0.0}, "tau0 must be greater than 0"),
+        (ValueError, {"tau0": -1.0}, "tau0 must be at least 0, got -1.0"),
+        (TypeError, {"identity_gain": "1"}, "identity_gain must be a number, got '1'"),
+        (ValueError, {"softmax_gain": math.inf}, "softmax_gain must be finite, got inf"),
+        (ValueError, {"center_gain": (1.0,)}, "center_gain must be a number or 2 numbers"),
+        (ValueError, {"gain_scheme": "anneal"}, "gain_scheme must be one of 'fixed', 'learn', 're"),
+        (
+            ValueError,
+            {"gain_scheme": "learn", "learned_gains": ()},
+            "learned_gains must be a sequence of at least one of",
+        ),
+        (
+            ValueError,
+            {"gain_scheme": "learn", "learned_gains": "identity_gain"},
+            "learned_gains must be a sequence of at least one of",
+        ),
+        (
+            ValueError,
+            {"gain_scheme": "learn", "learned_gains": ("skip_gain",)},
+            "learned_gains must be one of 'identity_gain', 'softmax_gain'",
+        ),
+    ],
+)
+def test_argument_errors(error, options, message):
+    with pytest.raises(error, match=message):
+        ShapedAttention(**({"width": 8, "heads": 2} | options))
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gaussian"])
+def test_call_errors(out_proj):
+    module = build(out_proj=out_proj)
+    x, residual = stream()
+    with pytest.raises(ValueError, match=rf"x must have shape \(B, T, {WIDTH}\), got shape"):
+        module(x[0])
+    with pytest.raises(ValueError, match=rf"x must have shape \(B, T, {WIDTH}\), got shape"):
+        module.attention_matrix(x[..., 1:])
+    with pytest.raises(ValueError, match="residual must have (the )?shape"):
+        module(x, residual[:1])
+    with pytest.raises(ValueError, match="skip_gain acts on residual, which is None"):
+        module(x, skip_gain=0.5)
+    with pytest.raises(ValueError, match="rotary must have half as many angles as the head dim"):
+        module(x, residual, rotary=rotary_table(LENGTH, 6))
+
+
+def test_extra_repr():
+    text = repr(build(2, kv_heads=1, out_proj="orthogonal", gain_scheme="learn", is_causal=True))
+    assert "width=24, heads=2, kv_heads=1, head_dim=12, is_causal=True, scale=0.05893" in text
+    assert "(out_proj): Projection(in_features=24, out_features=24, law=orthogonal)" in text
+    assert "gain_scheme='learn', identity_gain=1.0 (learned), softmax_gain=1.0, center_" in text
+
+
+def test_gains_stand_alone():
+    gains = ShapingGains(2, identity_gain=torch.tensor([1.0, 2.0]), gain_scheme="recover")
+    assert gains.start["identity_gain"] == (1.0, 2.0)
+    assert gains()["identity_gain"].tolist() == [1.0, 2.0]
+
+
+def test_import_of_the_package_leaves_the_modules_alone():
+    code = (
+        "import sys, shaped_attn; print(any(n.startswith('shaped_attn.nn') for n in sys.modules))"
+    )
+    root = str(Path(attention.__file__).resolve().parents[2])
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "False"

@@ -1,0 +1,300 @@
+"""`Projection`, the shaped ReLU and `ShapedMLP`, against their formulas in float64."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shaped_attn.nn import Projection, ShapedMLP, gaussian, orthogonal, shaped_relu
+from shaped_attn.testing import relative_error, rounding_error
+
+WIDTH = 12
+SKIP, BRANCH = 0.8, 0.6
+
+
+def assert_equal(actual, expected, *, sums=2 * WIDTH):
+    """Up to the rounding of the sums of that many terms behind one element."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert relative_error(actual, expected) <= sums * rounding_error(actual.dtype)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators of what runs inside, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and "view" not in func.name():
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(call):
+    with Operators() as operators, torch.no_grad():
+        call()
+    return dict(operators.counts)
+
+
+def double(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+# Projection
+
+
+def stacked(projection, networks):
+    weight = double(networks, *projection.weight.shape)
+    projection.weight = torch.nn.Parameter(weight)
+    return projection
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 5), (2, 3, 5)])
+@pytest.mark.parametrize("skip, branch", [(1.0, 1.0), (SKIP, BRANCH), (0.0, -2.0)])
+def test_projection_equals_the_formula(shape, skip, branch):
+    projection = Projection(WIDTH, 7, dtype=torch.float64)
+    x, residual = double(*shape, WIDTH), double(*shape, 7)
+    product = x @ projection.weight.T
+    assert_equal(projection(x), product)
+    assert_equal(projection(x, branch_gain=branch), branch * product)
+    out = projection(x, residual, skip, branch)
+    assert_equal(out, skip * residual + branch * product)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 5)])
+def test_stack_of_projections_equals_the_formula(shape):
+    projection = stacked(Projection(WIDTH, 7), 3)
+    x, residual = double(3, *shape, WIDTH), double(3, *shape, 7)
+    product = torch.einsum("n...i,noi->n...o", x, projection.weight)
+    assert_equal(projection(x), product)
+    out = projection(x, residual, SKIP, BRANCH)
+    assert_equal(out, SKIP * residual + BRANCH * product)
+
+
+def test_projection_mixes_in_one_operator():
+    projection = Projection(WIDTH, 7, dtype=torch.float64)
+    x, residual = double(3, 5, WIDTH), double(3, 5, 7)
+    assert count(lambda: projection(x, residual, SKIP, BRANCH)) == {"addmm": 1}
+    assert count(lambda: projection(x)) == {"mm": 1}
+    stacked(projection, 3)
+    assert count(lambda: projection(x, residual, SKIP, BRANCH)) == {"baddbmm": 1}
+
+
+@pytest.mark.parametrize("networks", [None, 3])
+def test_tensor_gains_of_a_projection_get_gradients(networks):
+    projection = Projection(WIDTH, 7, dtype=torch.float64)
+    if networks:
+        stacked(projection, networks)
+    x, residual = double(3, 5, WIDTH), double(3, 5, 7)
+    skip, branch = (torch.tensor(g, dtype=torch.float64).requires_grad_() for g in (SKIP, BRANCH))
+    out = projection(x, residual, skip, branch)
+    assert_equal(out, projection(x, residual, SKIP, BRANCH))
+    gradients = torch.autograd.grad((out * out.detach()).sum(), (skip, branch))
+    assert_equal(gradients[0], (out * residual).sum(), sums=105)
+    assert_equal(gradients[1], (out * projection(x)).sum(), sums=105 + WIDTH)
+
+
+@pytest.mark.parametrize("branch", [BRANCH, torch.tensor(BRANCH)])
+def test_projection_keeps_a_wider_residual(branch):
+    projection = Projection(WIDTH, 7, dtype=torch.bfloat16)
+    x, residual = torch.randn(5, WIDTH).bfloat16(), torch.randn(5, 7)
+    out = projection(x, residual, SKIP, branch)
+    assert out.dtype == torch.float32
+    # The product is the only thing that is rounded to bfloat16.
+    expected = SKIP * residual + BRANCH * projection(x).float()
+    assert_equal(out, expected, sums=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = projection(x.float(), residual, SKIP, branch)
+    assert torch.equal(under_autocast, out)
+
+
+def test_projection_errors():
+    projection = Projection(WIDTH, 7)
+    x = torch.randn(5, WIDTH)
+    with pytest.raises(ValueError, match=r"residual must have the shape of the result, \(5, 7\)"):
+        projection(x, torch.randn(7))
+    with pytest.raises(ValueError, match="skip_gain acts on residual, which is None"):
+        projection(x, skip_gain=2.0)
+    stacked(projection, 3)
+    with pytest.raises(ValueError, match=r"x must have shape \(networks, ..., in\) with netw.* 3"):
+        projection(double(2, 5, WIDTH))
+
+
+def test_projection_repr():
+    projection = Projection(WIDTH, 7, law=gaussian)
+    assert repr(projection) == "Projection(in_features=12, out_features=7, law=gaussian)"
+    assert "networks=3" in repr(stacked(projection, 3))
+    assert "law=orthogonal" in repr(Projection(WIDTH, WIDTH, law=orthogonal))
+
+
+# The shaped ReLU
+
+
+@pytest.mark.parametrize("s_minus", [1.0, 0.75, 0.0, -0.5])
+@pytest.mark.parametrize("s_plus", [1.0, 1.25, 0.0, -0.5])
+def test_shaped_relu_equals_the_formula(s_plus, s_minus):
+    x = double(101)
+    x[0] = 0.0
+    expected = s_plus * x.clamp(min=0) + s_minus * x.clamp(max=0)
+    slopes = [torch.tensor(s, dtype=torch.float64) for s in (s_plus, s_minus)]
+    assert_equal(shaped_relu(x, s_plus, s_minus), expected, sums=3)
+    assert_equal(shaped_relu(x, *slopes), expected, sums=3)
+
+
+@pytest.mark.parametrize("is_tensor", [False, True])
+def test_shaped_relu_has_the_slopes_as_derivative(is_tensor):
+    x = torch.tensor([-2.0, 0.0, 3.0], requires_grad=True)
+    slopes = (torch.tensor(1.5), torch.tensor(0.25)) if is_tensor else (1.5, 0.25)
+    (gradient,) = torch.autograd.grad(shaped_relu(x, *slopes).sum(), x)
+    assert gradient.tolist() == [0.25, 0.25, 1.5]
+
+
+def test_shaped_relu_of_fixed_slopes_is_one_operator():
+    x = torch.randn(5)
+    assert count(lambda: shaped_relu(x, 1.0, 0.9)) == {"leaky_relu": 1}
+    assert count(lambda: shaped_relu(x, 1.1, 0.9)) == {"leaky_relu": 1, "mul": 1}
+
+
+@pytest.mark.parametrize("is_tensor", [False, True])
+def test_shaped_relu_does_not_round_the_slopes(is_tensor):
+    """Their distance from 1 is what shapes, and bfloat16 has three digits."""
+    slopes = (1.0, 1.0 - 1 / math.sqrt(768))
+    x = -(1 + torch.rand(100_000)).bfloat16()
+    given = [torch.tensor(s) for s in slopes] if is_tensor else slopes
+    out = shaped_relu(x, *given)
+    assert out.dtype == torch.bfloat16
+    ratio = out.double() / x.double()
+    standard_error = ratio.std() / math.sqrt(x.numel())
+    # Elements are rounded, up and down; a slope that is rounded is off in all of them.
+    offset = (ratio.mean() - slopes[1]).abs()
+    assert offset <= 5 * standard_error + 2e-3 * (1 - slopes[1])
+
+
+# The MLP
+
+
+def formula(mlp, x, residual, skip, branch, c_plus, c_minus):
+    s_plus, s_minus = (1 + c / math.sqrt(WIDTH) for c in (c_plus, c_minus))
+    hidden = x @ mlp.pre.weight.T
+    hidden = s_plus * hidden.clamp(min=0) + s_minus * hidden.clamp(max=0)
+    c_n = 2 / (s_plus**2 + s_minus**2)
+    return skip * residual + branch * c_n**0.5 * (hidden @ mlp.post.weight.T)
+
+
+@pytest.mark.parametrize("trainable_slopes", [False, True])
+@pytest.mark.parametrize("c_plus, c_minus", [(0.0, -1.0), (0.5, -2.0), (-1.0, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize("mlp_ratio", [1.0, 4, 0.5, 5 / 3])
+def test_equals_the_formula(mlp_ratio, c_plus, c_minus, trainable_slopes):
+    """The slopes depend on the width, also where the hidden width is another."""
+    options = {"c_plus": c_plus, "c_minus": c_minus, "trainable_slopes": trainable_slopes}
+    mlp = ShapedMLP(WIDTH, mlp_ratio, dtype=torch.float64, **options)
+    hidden = round(mlp_ratio * WIDTH)
+    assert mlp.pre.weight.shape == (hidden, WIDTH) and mlp.post.weight.shape == (WIDTH, hidden)
+    x, residual = double(2, 3, 5, WIDTH)
+    out = mlp(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+    expected = formula(mlp, x, residual, SKIP, BRANCH, c_plus, c_minus)
+    assert_equal(out, expected, sums=WIDTH + hidden)
+    s_plus, s_minus = (1 + c / math.sqrt(WIDTH) for c in (c_plus, c_minus))
+    activation = mlp.hidden(x)
+    assert_equal(activation, shaped_relu(mlp.pre(x), s_plus, s_minus))
+    assert_equal(mlp(x), formula(mlp, x, 0 * x, 1, 1, c_plus, c_minus), sums=WIDTH + hidden)
+
+
+@pytest.mark.parametrize("trainable_slopes", [False, True])
+def test_gradients_equal_those_of_the_formula(trainable_slopes):
+    """c_n follows the slopes that are trained."""
+    mlp = ShapedMLP(WIDTH, 2, c_plus=0.5, trainable_slopes=trainable_slopes, dtype=torch.float64)
+    x, residual = (x.requires_grad_() for x in double(2, 5, WIDTH))
+    leaves = {"x": x, "residual": residual, **dict(mlp.named_parameters())}
+    assert set(leaves) - {"x", "residual", "pre.weight", "post.weight"} == (
+        {"c_plus", "c_minus"} if trainable_slopes else set()
+    )
+    out = mlp(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+    expected = formula(mlp, x, residual, SKIP, BRANCH, mlp.c_plus, mlp.c_minus)
+    d_out = double(5, WIDTH)
+    actual = torch.autograd.grad((out * d_out).sum(), list(leaves.values()))
+    wanted = torch.autograd.grad((expected * d_out).sum(), list(leaves.values()))
+    for name, found, gradient in zip(leaves, actual, wanted, strict=True):
+        assert gradient.norm() > 0, name
+        # The gradient of a slope is one sum over all elements of the hidden layer, and cancels
+        # with that of c_n.
+        assert_equal(found, gradient, sums=3 * WIDTH if gradient.ndim else 5 * 2 * WIDTH)
+
+
+def test_fixed_slopes_are_mixed_in_the_last_product():
+    mlp = ShapedMLP(WIDTH, dtype=torch.float64)
+    x, residual = double(2, 5, WIDTH)
+    operators = count(lambda: mlp(x, residual, skip_gain=SKIP, branch_gain=BRANCH))
+    assert operators == {"mm": 1, "leaky_relu": 1, "addmm": 1}
+
+
+def test_output_scale_keeps_the_mean_square():
+    """c_n E[sigma_s(g)^2] = 1 for g ~ N(0, 1), whatever the slopes."""
+    g = torch.randn(200_000, dtype=torch.float64)
+    for c_plus, c_minus in ((0.0, -1.0), (2.0, -3.0)):
+        mlp = ShapedMLP(16, c_plus=c_plus, c_minus=c_minus)
+        square = (mlp.output_scale() * shaped_relu(g, *mlp.slopes())).square()
+        assert (square.mean() - 1).abs() <= 4 * square.std() / math.sqrt(g.numel())
+
+
+def test_a_stack_equals_its_networks_one_by_one():
+    singles = [ShapedMLP(WIDTH, 2, dtype=torch.float64) for _ in range(3)]
+    stack = ShapedMLP(WIDTH, 2, dtype=torch.float64)
+    for name in ("pre", "post"):
+        weights = [getattr(single, name).weight for single in singles]
+        getattr(stack, name).weight = torch.nn.Parameter(torch.stack(weights))
+    x, residual = double(2, 3, 5, WIDTH)
+    out = stack(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+    for i, single in enumerate(singles):
+        expected = single(x[i], residual[i], skip_gain=SKIP, branch_gain=BRANCH)
+        assert_equal(out[i], expected, sums=3 * WIDTH)
+        assert_equal(stack.hidden(x)[i], single.hidden(x[i]))
+
+
+@pytest.mark.parametrize("trainable_slopes", [False, True])
+def test_autocast_keeps_the_residual_wide(trainable_slopes):
+    mlp = ShapedMLP(WIDTH, trainable_slopes=trainable_slopes)
+    x, residual = torch.randn(2, 5, WIDTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mlp(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+        skip = mlp(0 * x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+    assert out.dtype == torch.float32
+    assert torch.equal(skip, SKIP * residual)
+    out.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in mlp.parameters())
+
+
+@pytest.mark.parametrize(
+    "error, options, message",
+    [
+        (ValueError, {"width": -1}, "width must be at least 1, got -1"),
+        (ValueError, {"mlp_ratio": 0.3}, "mlp_ratio times width = 12 must be a whole number"),
+        (ValueError, {"mlp_ratio": 0.0}, "mlp_ratio must be greater than 0"),
+        (TypeError, {"mlp_ratio": "4"}, "mlp_ratio must be a number"),
+        (ValueError, {"c_plus": math.nan}, "c_plus must be finite"),
+        (TypeError, {"c_minus": None}, "c_minus must be a number, got None"),
+        (TypeError, {"trainable_slopes": 1}, "trainable_slopes must be True or False"),
+        (
+            ValueError,
+            {"width": 16, "c_plus": -4.0, "c_minus": -4.0},
+            r"c_plus and c_minus must not both be -sqrt\(width\) = -4",
+        ),
+    ],
+)
+def test_argument_errors(error, options, message):
+    with pytest.raises(error, match=message):
+        ShapedMLP(**({"width": WIDTH} | options))
+
+
+def test_wrong_width_of_the_input():
+    with pytest.raises(ValueError, match=r"x must have shape \(..., 12\), got shape \(5, 11\)"):
+        ShapedMLP(WIDTH)(torch.randn(5, 11))
+
+
+def test_extra_repr():
+    assert "width=12, hidden_width=24, c_plus=0, c_minus=-1\n" in repr(ShapedMLP(WIDTH, 2))
+    text = repr(ShapedMLP(WIDTH, trainable_slopes=True))
+    assert "c_plus=0 (trained), c_minus=-1 (trained)" in text
