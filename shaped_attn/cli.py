@@ -1,16 +1,18 @@
-"""The command ``shaped-attn``: ``check``, ``demo`` and ``env``.
+"""The command ``shaped-attn``: ``check``, ``compare``, ``demo``, ``env`` and ``predict``.
 
-Exit codes: 0 done, 1 a check exceeded its budget or the command failed, 2 wrong usage, 130
-interrupted.
+Exit codes: 0 done, 1 a check exceeded its budget, a comparison found a difference or the command
+failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +25,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .fidelity import FidelityReport, Table
+    from .prediction import NetworkComparison, Prediction, Settings
+    from .sde.comparison import Comparison
+    from .sde.sample import CovarianceSample
 
 IMPLS = ("triton", "torch", "reference")
 INTERRUPTED = 130
+
+_MOST_ROWS = 21  # of a comparison: what 6 tokens have
 
 # Whether this process is the command, and not a program that calls it.
 _is_program = False
@@ -173,11 +180,12 @@ def demo(
     device: str | None,
     seed: int,
 ) -> None:
-    """Check the operator, train with it on Python's own source, and write a page about it.
+    """Check the operator, run deep networks, train on Python's own source, and write a page.
 
-    Two byte-level decoders are trained side by side, one with shaped and one with plain softmax
-    attention. Ctrl-C during training writes the page with what there is; the exit code is then 130.
-    It is 1 if the check exceeded a budget.
+    The covariance of tokens over depth is predicted, and measured in real networks at
+    initialisation. Two byte-level decoders are then trained side by side, one with shaped and one
+    with plain softmax attention. Ctrl-C after the check writes the page with what there is; the
+    exit code is then 130. It is 1 if the check exceeded a budget.
     """
     from dataclasses import replace
 
@@ -224,6 +232,277 @@ def demo(
         )
         context.exit(INTERRUPTED)
     context.exit(1 if result.fidelity.failures else 0)
+
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_READABLE = click.Path(dir_okay=False, exists=True, path_type=Path)
+
+# Flag, type, default to show, help. All defaults are those of prediction.Settings, which also
+# checks the values, wherever they come from; here an option that is not given is None.
+_MODEL_OPTIONS = (
+    ("--depth", int, "64", "Number of blocks."),
+    ("--width", int, "128", "Width of the model; depth / width is the time of the SDE."),
+    ("--tokens", int, "4", "Number of tokens at the start."),
+    ("--correlation", float, "0.2", "Correlation of any two tokens at the start."),
+    ("--variance", float, "1", "Variance of each token at the start."),
+    ("--v0", _READABLE, None, "Their covariance instead of these three: .npy or .json."),
+    ("--branch-gain", float, "0.5", "Weight of each branch; that of the skip path follows."),
+    ("--tau0", float, "1", "Temperature."),
+    ("--heads", int, "1", "Number of heads."),
+    ("--softmax-gain", float, "1", "Weight of softmax minus its mean."),
+    (
+        "--out-proj",
+        click.Choice(("none", "orthogonal", "gaussian")),
+        "none",
+        "Law of the output projection of attention.",
+    ),
+    ("--causal/--no-causal", bool, "no-causal", "Whether tokens see earlier ones only."),
+    ("--attention/--no-attention", bool, "attention", "Whether blocks have attention."),
+    ("--mlp/--no-mlp", bool, "mlp", "Whether blocks have an MLP."),
+    ("--mlp-ratio", float, "1", "Hidden width of the MLP over the width."),
+    ("--c-plus", float, "0", "Slope of the activation above 0: 1 + this / sqrt(width)."),
+    ("--c-minus", float, "-1", "The same below 0."),
+    (
+        "--finite-width/--limit",
+        bool,
+        "finite-width",
+        "Whether the width corrects the MLP, or enters as depth / width alone.",
+    ),
+    ("--paths", int, "4096", "Number of paths of the SDE."),
+    (
+        "--steps",
+        int,
+        "256, more at little depth, one a layer at most",
+        "Steps per unit of depth / width.",
+    ),
+    ("--integrator", click.Choice(("chain", "euler_maruyama")), "chain", "Scheme of the SDE."),
+    ("--seed", int, "0", "Seed of all draws."),
+)
+_TUNING_OPTIONS = (
+    ("--band", (float, float), "0.05 around the start", "Median correlation to tune for."),
+    ("--tune/--no-tune", bool, "tune", "Whether to look for gains that keep it there."),
+)
+_NETWORK_OPTIONS = (
+    ("--networks", int, "1000", "Number of networks."),
+    (
+        "--method",
+        click.Choice(("network", "chain")),
+        "network",
+        "Real networks, or the Markov chain that their covariance follows exactly.",
+    ),
+    ("--head-dim", int, "width / heads", "Size of a head's queries and keys."),
+)
+_OUTPUT_OPTIONS = (
+    click.option(
+        "--config",
+        type=_READABLE,
+        help="Read settings from this .json or .toml file; flags win over it. Keys are the flags "
+        "with underscores; on/off flags have the first name, as in mlp = false.",
+    ),
+    click.option("--plot", type=_FILE, help="Draw the quantiles into this .png, .svg or .pdf."),
+    click.option("--output", type=_FILE, help="Write JSON into this file."),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    _device_option,
+)
+
+
+def _settings_options(*groups: Sequence[tuple[str, Any, str | None, str]]) -> Callable:
+    """Add options for settings, and for where they come from and where results go."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(_OUTPUT_OPTIONS):
+            command = option(command)
+        for flag, kind, default, text in reversed([row for group in groups for row in group]):
+            shown = text if default is None else f"{text}  [default: {default}]"
+            options = {"metavar": "LOW HIGH"} if flag == "--band" else {}
+            command = click.option(flag, type=kind, default=None, help=shown, **options)(command)
+        return command
+
+    return decorate
+
+
+@cli.command(short_help="Predict the covariance of tokens through depth.")
+@_settings_options(_MODEL_OPTIONS, _TUNING_OPTIONS)
+@click.pass_context
+def predict(
+    context: click.Context,
+    config: Path | None,
+    plot: Path | None,
+    output: Path | None,
+    as_json: bool,
+    device: str | None,
+    **flags: Any,
+) -> None:
+    """Predict the covariance of tokens through the depth of a shaped transformer.
+
+    Simulates the stochastic differential equation that the covariance follows at initialisation,
+    and prints quantiles of correlations and variances, the probability of blow-up, and which branch
+    gains and tau0 keep the median correlation in a band. Ctrl-C prints what there is; the exit code
+    is then 130.
+    """
+    torch_device = _resolve_device(device)
+    _check_files(plot, output)
+    settings = _make_settings(config, flags)
+
+    from . import prediction
+
+    with _long_work(torch_device) as work:
+        result = prediction.predict(settings, device=torch_device, **work)
+    samples = {"SDE": result.sample}
+    _write_results(result, samples, _print_prediction, plot, output, as_json)
+    context.exit(0 if result.is_complete else INTERRUPTED)
+
+
+@cli.command(short_help="Run networks beside the prediction.")
+@_settings_options(_MODEL_OPTIONS, _NETWORK_OPTIONS)
+@click.pass_context
+def compare(
+    context: click.Context,
+    config: Path | None,
+    plot: Path | None,
+    output: Path | None,
+    as_json: bool,
+    device: str | None,
+    **flags: Any,
+) -> None:
+    """Run networks of finite width beside the prediction, and compare the two at the last layer.
+
+    Every correlation and variance gets a Kolmogorov-Smirnov test; together they find a difference
+    between equal laws in 1 % of all runs. The exit code is 1 if they find one. Ctrl-C prints what
+    there is; the exit code is then 130.
+    """
+    torch_device = _resolve_device(device)
+    _check_files(plot, output)
+    settings = _make_settings(config, flags)
+
+    from . import prediction
+
+    with _usage_errors():
+        prediction.check_comparison(settings)
+    with _long_work(torch_device) as work:
+        result = prediction.compare_networks(settings, device=torch_device, **work)
+    samples = {"SDE": result.prediction}
+    if result.networks is not None:
+        samples[f"{settings.method}s"] = result.networks
+    _write_results(result, samples, _print_comparison, plot, output, as_json)
+    if not result.is_complete:
+        context.exit(INTERRUPTED)
+    context.exit(0 if result.agrees else 1)
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Show what is wrong with settings as wrong usage."""
+    try:
+        yield
+    except (TypeError, ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _make_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
+    from . import prediction
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    with _usage_errors():
+        if "v0" in given:
+            given["v0"] = prediction.read_covariance(given["v0"])
+        values = {} if config is None else prediction.read_config(config)
+        return prediction.make_settings(values, given)
+
+
+def _check_files(plot: Path | None, output: Path | None) -> None:
+    """Find out now, rather than after minutes, that a result has nowhere to go."""
+    for name, path in (("--plot", plot), ("--output", output)):
+        if path is not None and not path.parent.is_dir():
+            raise click.BadParameter(f"there is no folder {path.parent}", param_hint=name)
+    if plot is not None:
+        from .plots import SUFFIXES
+
+        if plot.suffix.lower() not in SUFFIXES:
+            choices = ", ".join(SUFFIXES)
+            raise click.BadParameter(
+                f"{plot.name} must end in one of {choices}", param_hint="--plot"
+            )
+
+
+@contextlib.contextmanager
+def _long_work(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Show progress on stderr and take Ctrl-C for a request, for functions that know of both."""
+    import torch
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from .interrupt import stop_on_interrupt
+
+    with (
+        stop_on_interrupt() as request,
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as progress,
+    ):
+        tasks = {}
+        threads = torch.get_num_threads()
+        if device.type == "cpu":
+            # The matrices are small: threads gain little, and cost much where the CPU is busy.
+            torch.set_num_threads(1)
+
+        def on_progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+
+        try:
+            yield {"on_progress": on_progress, "stop": lambda: request.is_set}
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _write_results(
+    result: Prediction | NetworkComparison,
+    samples: dict[str, CovarianceSample],
+    show: Callable,
+    plot: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Print a result and write its files, as far as there is one."""
+    from rich.console import Console
+
+    from . import prediction
+
+    text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
+    if as_json:
+        click.echo(text)
+    else:
+        show(result, Console(highlight=False))
+    samples = {name: sample for name, sample in samples.items() if sample.paths}
+    try:
+        if output is not None:
+            output.write_text(text + "\n", encoding="utf-8")
+        if plot is not None and samples:
+            from . import plots
+
+            names = prediction.shown_statistics(result.settings.tokens)
+            statistics = [name for name in names if name != prediction.MEAN_CORRELATION]
+            plots.save(plots.plot_covariance(samples, statistics), plot)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+    for name, path in (("Plot", plot if samples else None), ("Numbers", output)):
+        if path is not None:
+            click.echo(f"{name}: {path}", err=as_json)
+    if not result.is_complete:
+        click.echo("Interrupted: these results are partial.", err=True)
 
 
 def _resolve_device(name: str | None) -> torch.device:
@@ -331,3 +610,139 @@ def _print_summary(report: FidelityReport, console: Console) -> None:
             f"  {m.impl} {m.dtype} {m.regime}, logit std {m.logit_std:g}, {m.quantity}: "
             f"{m.error:.2e} > {m.budget:.2e}"
         )
+
+
+def _print_prediction(result: Prediction, console: Console) -> None:
+    from . import prediction
+
+    settings, sample = result.settings, result.sample
+    console.print(
+        f"[bold]Prediction[/] for depth {settings.depth}, width {settings.width} "
+        f"(depth / width {settings.time:.4g}): {_count_of(sample)} paths",
+        soft_wrap=True,
+    )
+    if sample.paths:
+        console.print()
+        console.print(_quantile_table(result))
+        console.print()
+        console.print(f"Probability of blow-up   {prediction.format_estimate(result.blow_up)}")
+        console.print(f"Probability of collapse  {prediction.format_estimate(result.collapse)}")
+    if result.tuning is not None:
+        console.print()
+        for line in prediction.tuning_lines(result.tuning):
+            console.print(line, markup=False, soft_wrap=True)
+    elif settings.tune and settings.tokens == 1:
+        console.print("\nNothing to tune: one token has no correlation.")
+    _print_assumptions(settings, console)
+
+
+def _print_comparison(result: NetworkComparison, console: Console) -> None:
+    from . import prediction
+
+    settings, comparison = result.settings, result.comparison
+    networks = "no" if result.networks is None else _count_of(result.networks)
+    console.print(
+        f"[bold]Comparison[/] at depth {settings.depth}, width {settings.width} (depth / width "
+        f"{settings.time:.4g}): {_count_of(result.prediction)} paths of the SDE, {networks} "
+        f"{settings.method}s",
+        soft_wrap=True,
+    )
+    if comparison is not None:
+        console.print()
+        console.print(_comparison_table(comparison, settings.method))
+        console.print()
+        for name, pair in (("Stopped", comparison.stopped), ("Blow-up", comparison.exploded)):
+            console.print(
+                f"{name:7}  SDE {prediction.format_estimate(pair.first)}, {settings.method}s "
+                f"{prediction.format_estimate(pair.second)}"
+            )
+        largest = comparison.largest
+        if not comparison.can_disagree:
+            verdict = "Too few to tell: no KS distance can exceed its critical value."
+        elif comparison.agrees:
+            verdict = (
+                "[green]Agree[/]: no KS distance exceeds its critical value; "
+                f"{largest.name} comes nearest, {largest.ratio:.2f} of it."
+            )
+        else:
+            verdict = (
+                f"[bold red]Disagree[/]: {largest.name} most, {largest.ratio:.2f} times its "
+                "critical value."
+            )
+        console.print(verdict, soft_wrap=True)
+    _print_assumptions(settings, console)
+
+
+def _print_assumptions(settings: Settings, console: Console) -> None:
+    from . import prediction
+
+    console.print()
+    for line in ("Assumed:", *prediction.assumptions(settings)):
+        console.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _count_of(sample: CovarianceSample) -> str:
+    if sample.is_complete:
+        return f"{sample.paths}"
+    return f"{sample.paths} of {sample.requested}"
+
+
+def _quantile_table(result: Prediction):
+    """Quantiles at a few depths: one row for each depth, three columns for each statistic."""
+    from rich.table import Table as RichTable
+
+    from . import prediction
+
+    names = prediction.shown_statistics(result.sample.tokens)
+    # Narrow: all of it is to fit into 80 columns.
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for header in ("\nlayer", "depth\n/ width"):
+        drawn.add_column(header, justify="right", no_wrap=True)
+    for name in names:
+        label = "mean rho" if name == prediction.MEAN_CORRELATION else name
+        for title, level in zip(("", label, ""), ("5 %", "50 %", "95 %"), strict=True):
+            drawn.add_column(f"{title}\n{level}", justify="right", no_wrap=True)
+    for row in result.rows():
+        cells = [
+            prediction.format_statistic(name, value)
+            for name in names
+            for value in row.quantiles[name]
+        ]
+        drawn.add_row(f"{row.layer:.4g}", f"{row.time:.3g}", *cells)
+    return drawn
+
+
+def _comparison_table(comparison: Comparison, method: str):
+    """KS distance and medians of every statistic, or of those with the largest distance."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    from . import prediction
+    from .sde.sample import Estimate
+
+    found = list(comparison.statistics.values())
+    title = None
+    if len(found) > _MOST_ROWS:
+        title = f"The {_MOST_ROWS} of {len(found)} statistics with the largest KS distance"
+        found = sorted(found, key=lambda statistic: statistic.ks, reverse=True)[:_MOST_ROWS]
+    drawn = RichTable(
+        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
+    drawn.add_column("", no_wrap=True)
+    for header in ("KS", "critical", "median SDE", f"median {method}s"):
+        drawn.add_column(header, justify="right", no_wrap=True)
+    drawn.add_column("", no_wrap=True)
+    median = comparison.quantile_levels.index(0.5)
+    for statistic in found:
+        medians = [
+            prediction.format_estimate(Estimate(values[median], errors[median]))
+            for values, errors in zip(statistic.quantiles, statistic.quantile_errors, strict=True)
+        ]
+        drawn.add_row(
+            statistic.name,
+            prediction.format_number(statistic.ks),
+            prediction.format_number(statistic.critical),
+            *medians,
+            Text("ok", style="green") if statistic.agrees else Text("differs", style="bold red"),
+        )
+    return drawn

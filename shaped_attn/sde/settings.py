@@ -1,0 +1,321 @@
+"""The description of one block that its covariance SDE and its finite networks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..validation import fail
+
+OUT_PROJ = ("none", "orthogonal", "gaussian")
+
+
+@dataclass(frozen=True)
+class Detuning:
+    """Mismatches of order 1 / width, which keep a limit and add to its drift.
+
+    In a network of width n::
+
+        identity gain 1 + identity / n,    softmax gain - center gain = softmax / n,
+        skip_gain^2 + branch_gain^2 = 1 + variance / n
+
+    covariance-sde.md (35).
+    """
+
+    identity: float = 0.0
+    softmax: float = 0.0
+    variance: float = 0.0
+
+
+class ZeroLogitAttention(NamedTuple):
+    """The attention matrix at zero logits, A0 = diag(mass) P0.
+
+    Attributes:
+        rows: (m, m) P0: every row sums to 1, or is zero if its token sees no key.
+        mass: (m,) the sums of the rows of A0; 1 without a prior, 0 where the row is zero.
+    """
+
+    rows: Tensor
+    mass: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSettings:
+    """One block: attention, then an MLP, each mixed with its skip path.
+
+    For tokens X (m, n) of covariance V = X X^T / n, with weights W of iid N(0, 1/fan-in) entries::
+
+        Z  = skip_gain X + branch_gain A X W_V [W_O]
+        X' = skip_gain Z + branch_gain sqrt(c_n) sigma(Z W_pre) W_post
+        A  = identity_gain I + softmax_gain softmax(Y) - center_gain P0
+        Y  = X W_Q (X W_K)^T / (tau0 sqrt(n n_k))
+
+    per head, where P0 is softmax at zero logits under the same mask, and sigma has the slopes
+    1 + c_plus / sqrt(n) above and 1 + c_minus / sqrt(n) below zero. covariance-sde.md (1)-(6).
+
+    Args:
+        tau0: temperature. Default 1.0.
+        branch_gain: weight of each branch, from 0 to 1. Default 0.5.
+        skip_gain: weight of each skip path. Default None: so that V keeps its size,
+            sqrt(1 - (identity_gain branch_gain)^2).
+        identity_gain: weight of the identity in the attention matrix. Default 1.0.
+        softmax_gain: weight of softmax, one number or one for each head. Default 1.0.
+        center_gain: weight of the mean of the visible values. Default None: that of softmax.
+        heads: number of heads. Default 1.
+        is_causal: whether token i sees only the tokens up to i. Default False.
+        key_start: first token that is not padding. Default None: 0.
+        key_end: one past the last token that is not padding. Default None: m.
+        attn_mask: (m, m) bool, True where the token of the row sees that of the column. Default
+            None: no further mask.
+        prior: (m, m) the attention matrix A0 at zero logits, no entry negative; zero hides a key.
+            The softmax and the centre of a row are multiplied by the sum of its row of A0. Default
+            None: uniform over the visible keys.
+        attention: whether the block has attention. Default True.
+        mlp: whether the block has an MLP. Default True.
+        mlp_ratio: hidden width of the MLP over n. Default 1.0.
+        c_plus, c_minus: shape of the activation. Default 0.0 and -1.0.
+        out_proj: "none", or the law of W_O: "gaussian" or (Haar) "orthogonal". Default "none".
+        detuning: mismatches of order 1/n. Default none.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of its range.
+    """
+
+    tau0: float = 1.0
+    branch_gain: float = 0.5
+    skip_gain: float | None = None
+    identity_gain: float = 1.0
+    softmax_gain: float | Sequence[float] = 1.0
+    center_gain: float | Sequence[float] | None = None
+    heads: int = 1
+    is_causal: bool = False
+    key_start: int | None = None
+    key_end: int | None = None
+    attn_mask: Tensor | None = field(default=None, compare=False)
+    prior: Tensor | None = field(default=None, compare=False)
+    attention: bool = True
+    mlp: bool = True
+    mlp_ratio: float = 1.0
+    c_plus: float = 0.0
+    c_minus: float = -1.0
+    out_proj: str = "none"
+    detuning: Detuning = Detuning()
+
+    def __post_init__(self) -> None:
+        """Check every field and fill in the gains that follow from others."""
+        check_positive("tau0", self.tau0)
+        check_positive("mlp_ratio", self.mlp_ratio)
+        for name in ("branch_gain", "identity_gain", "c_plus", "c_minus"):
+            check_number(name, getattr(self, name))
+        check_count("heads", self.heads)
+        for name in ("is_causal", "attention", "mlp"):
+            if not isinstance(getattr(self, name), bool):
+                fail(TypeError, name, "must be a bool", getattr(self, name), "Pass True or False.")
+        if not (self.attention or self.mlp):
+            fail(
+                ValueError,
+                "attention and mlp",
+                "must not both be False",
+                "no sub-layer",
+                "Switch one of them on.",
+            )
+        if not 0 <= self.branch_gain <= 1:
+            fail(
+                ValueError,
+                "branch_gain",
+                "must be from 0 to 1",
+                self.branch_gain,
+                "skip_gain^2 + branch_gain^2 = 1 has no other solution.",
+            )
+        if self.out_proj not in OUT_PROJ:
+            fail(
+                ValueError,
+                "out_proj",
+                f"must be one of {OUT_PROJ}",
+                repr(self.out_proj),
+                'The default is "none".',
+            )
+        if not isinstance(self.detuning, Detuning):
+            fail(
+                TypeError,
+                "detuning",
+                "must be a Detuning",
+                type(self.detuning).__name__,
+                "Use shaped_attn.sde.Detuning(identity=..., softmax=..., variance=...).",
+            )
+        for name in ("identity", "softmax", "variance"):
+            check_number(f"detuning.{name}", getattr(self.detuning, name))
+        self._set("softmax_gain", self._check_head_gain("softmax_gain", self.softmax_gain))
+        center_gain = self.softmax_gain if self.center_gain is None else self.center_gain
+        self._set("center_gain", self._check_head_gain("center_gain", center_gain))
+        if self.skip_gain is None:
+            size = (self.identity_gain if self.attention else 1.0) * self.branch_gain
+            if abs(size) > 1:
+                fail(
+                    ValueError,
+                    "skip_gain",
+                    "must be given where identity_gain * branch_gain is above 1",
+                    f"None with identity_gain * branch_gain = {size:g}",
+                    "Give skip_gain, or lower one of the two gains.",
+                )
+            self._set("skip_gain", math.sqrt(1 - size**2))
+        check_number("skip_gain", self.skip_gain)
+        self._check_mask()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_head_gain(self, name: str, gain: Any) -> float | tuple[float, ...]:
+        if isinstance(gain, Tensor):
+            gain = gain.tolist()
+        if isinstance(gain, Sequence) and not isinstance(gain, str):
+            if len(gain) != self.heads:
+                fail(
+                    ValueError,
+                    name,
+                    f"must be one number, or one for each of the {self.heads} heads",
+                    f"{len(gain)} numbers",
+                    "Give as many as heads.",
+                )
+            for value in gain:
+                check_number(name, value)
+            return tuple(float(value) for value in gain)
+        check_number(name, gain)
+        return float(gain)
+
+    def _check_mask(self) -> None:
+        for name in ("key_start", "key_end"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                fail(TypeError, name, "must be an int or None", repr(value), "Count in tokens.")
+        for name in ("attn_mask", "prior"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            rule, remedy = "must be an (m, m) Tensor", "Give one row per token."
+            if not isinstance(value, Tensor):
+                fail(TypeError, name, rule, type(value).__name__, remedy)
+            if value.ndim != 2 or value.shape[0] != value.shape[1]:
+                fail(ValueError, name, rule, f"shape {tuple(value.shape)}", remedy)
+        if self.attn_mask is not None and self.attn_mask.dtype != torch.bool:
+            fail(
+                TypeError,
+                "attn_mask",
+                "must be bool",
+                self.attn_mask.dtype,
+                "Make it True where a token is seen.",
+            )
+        if self.prior is not None and not (self.prior.isfinite().all() and (self.prior >= 0).all()):
+            fail(
+                ValueError,
+                "prior",
+                "must be finite with no negative entry",
+                f"entries from {float(self.prior.min()):g} to {float(self.prior.max()):g}",
+                "Give the attention matrix at zero logits itself, not its logarithm.",
+            )
+
+    @property
+    def has_one_gain(self) -> bool:
+        """Whether all heads have the same gains."""
+        return not isinstance(self.softmax_gain, tuple) and not isinstance(self.center_gain, tuple)
+
+    def head_gains(self, name: str, like: Tensor) -> Tensor:
+        """Return ``softmax_gain`` or ``center_gain`` as (heads,)."""
+        gain = getattr(self, name)
+        gain = gain if isinstance(gain, tuple) else (gain,) * self.heads
+        return torch.tensor(gain, dtype=like.dtype, device=like.device)
+
+    def visible_keys(self, tokens: int, device: torch.device | None = None) -> Tensor:
+        """Return the (m, m) bool matrix of which token, in columns, each token, in rows, sees."""
+        visible = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+        if self.is_causal:
+            visible = visible.tril()
+        key = torch.arange(tokens, device=device)
+        if self.key_start is not None:
+            visible = visible & (key >= self.key_start)
+        if self.key_end is not None:
+            visible = visible & (key < self.key_end)
+        for name in ("attn_mask", "prior"):
+            matrix = getattr(self, name)
+            if matrix is None:
+                continue
+            if matrix.shape[0] != tokens:
+                fail(
+                    ValueError,
+                    name,
+                    f"must have a row for each of the {tokens} tokens of V",
+                    f"shape {tuple(matrix.shape)}",
+                    "Give v0 and it the same number of tokens.",
+                )
+            visible = visible & (matrix.to(device) > 0)
+        return visible
+
+    def zero_logit_attention(self, tokens: int, like: Tensor) -> ZeroLogitAttention:
+        """Return the attention matrix at zero logits, of the dtype and device of ``like``."""
+        visible = self.visible_keys(tokens, like.device)
+        weights = visible.to(torch.float64)
+        if self.prior is not None:
+            weights = torch.where(visible, self.prior.to(weights), 0)
+        mass = weights.sum(-1)
+        rows = weights / mass.where(mass > 0, 1)[:, None]
+        if self.prior is None:
+            mass = (mass > 0).to(mass)
+        return ZeroLogitAttention(rows.to(like), mass.to(like))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data for JSON."""
+        found = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                value = value.tolist()
+            elif isinstance(value, Detuning):
+                value = {name: getattr(value, name) for name in value.__dataclass_fields__}
+            found[f.name] = value
+        return found
+
+
+def variance_correction(c_plus: float, c_minus: float, width: float) -> float:
+    """Return c_n = 2 / (s_+^2 + s_-^2) with s = 1 + c / sqrt(n), covariance-sde.md (4).
+
+    The factor by which an activation with these slopes keeps the variance of a normal input.
+    """
+    s_plus, s_minus = (1 + c / math.sqrt(width) for c in (c_plus, c_minus))
+    if s_plus == 0 == s_minus:
+        fail(
+            ValueError,
+            "c_plus and c_minus",
+            "must not both be -sqrt(width)",
+            f"{c_plus:g} and {c_minus:g}",
+            "Such an activation is zero.",
+        )
+    return 2 / (s_plus**2 + s_minus**2)
+
+
+def check_number(name: str, value: object) -> None:
+    """Check that ``value`` is a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        fail(TypeError, name, "must be a number", type(value).__name__, "Pass a float.")
+    if not math.isfinite(value):
+        fail(ValueError, name, "must be finite", value, "Give another value.")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Check that ``value`` is a positive, finite real number."""
+    check_number(name, value)
+    if value <= 0:
+        fail(ValueError, name, "must be positive", value, "Give a value above 0.")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Check that ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(TypeError, name, "must be an int", type(value).__name__, "Pass a whole number.")
+    if value < least:
+        fail(ValueError, name, f"must be at least {least}", value, "Give a larger one.")

@@ -1,0 +1,454 @@
+"""Which branch gain, and which tau0, keep the correlation of tokens in a band through depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..validation import fail
+from .sample import CovarianceSample, Estimate, quantile, quantile_error
+from .settings import check_count, check_number, check_positive
+
+if TYPE_CHECKING:
+    from .process import CovarianceSDE
+
+BRANCH_GAINS = (0.05, 1.0)
+TAU0S = (0.1, 10.0)
+
+# Distance of two branch gains that are told apart, and of two tau0 in steps to a decade. The coarse
+# scan takes every so many of them.
+_GAIN_STEP, _GAIN_SCAN = 0.01, 10
+_TAU0_STEPS, _TAU0_SCAN = 48, 8
+
+_CHUNK = 4096  # paths at a time
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One pair of branch gain and tau0, and what it leads to at the end of depth.
+
+    Attributes:
+        branch_gain: weight of each branch.
+        tau0: temperature.
+        correlation: the median over paths of `mean_correlation`.
+        blow_up: the fraction of paths that left the admissible eigenvalues at the upper end.
+    """
+
+    branch_gain: float
+    tau0: float
+    correlation: Estimate
+    blow_up: Estimate
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of an interval.
+
+    Attributes:
+        candidate: the last value that was found to keep the median in the band.
+        outside: the value next to it that was found not to; None if none was tried.
+        is_search_limit: whether the interval ends because the search range does.
+    """
+
+    candidate: Candidate
+    outside: float | None
+    is_search_limit: bool
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The values of one parameter that keep the median correlation in the band.
+
+    Where several intervals do, this is the one with the most conservative value: the smallest
+    branch gain, or the largest tau0.
+
+    Attributes:
+        parameter: "branch_gain" or "tau0".
+        low, high: its ends; None if no value in the search range was found to do it.
+        search_range: least and largest value that the search may try.
+        resolution: an end is followed to this difference (branch gain) or ratio (tau0).
+        candidates: all that was tried, ascending in the parameter.
+        is_complete: False if the search was stopped: the ends are then only as far as it came.
+    """
+
+    parameter: str
+    low: End | None
+    high: End | None
+    search_range: tuple[float, float]
+    resolution: float
+    candidates: tuple[Candidate, ...]
+    band: tuple[float, float]
+    is_complete: bool
+
+    @property
+    def is_found(self) -> bool:
+        """Whether a value that keeps the median in the band is known."""
+        return self.low is not None
+
+    @property
+    def nearest(self) -> Candidate | None:
+        """The candidate whose median is nearest to the band; None if nothing was tried."""
+        return min(
+            self.candidates, key=lambda c: _distance(c.correlation.value, self.band), default=None
+        )
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `tune` returns.
+
+    Attributes:
+        branch_gain: the branch gains that keep the median in the band at the given tau0.
+        tau0: the same of tau0 at the given branch gain; None without attention, where nothing
+            depends on it, or if the search was stopped before it.
+        band: least and largest admissible median correlation.
+        time: depth / width at which it is judged.
+        paths, steps, seed: of every candidate.
+        is_complete: False if the search was stopped.
+    """
+
+    branch_gain: Interval
+    tau0: Interval | None
+    band: tuple[float, float]
+    time: float
+    paths: int
+    steps: int
+    seed: int
+    is_complete: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        found = asdict(self)
+        for name in ("branch_gain", "tau0"):
+            interval = getattr(self, name)
+            if interval is None:
+                continue
+            del found[name]["band"]
+            found[name]["is_found"] = interval.is_found
+            found[name]["nearest"] = interval.nearest and asdict(interval.nearest)
+        return _estimates_as_dicts(found)
+
+
+def mean_correlation(sample: CovarianceSample) -> Tensor:
+    """Return (K, paths): the mean over pairs i < j of rho_ij, of every path at every time."""
+    v = sample.covariances
+    tokens = sample.tokens
+    scale = v.diagonal(dim1=-2, dim2=-1).rsqrt()  # (K, paths, m)
+    total = (scale * (v @ scale[..., None])[..., 0]).sum(-1)
+    return (total - tokens) / (tokens * (tokens - 1))
+
+
+def tune(
+    sde: CovarianceSDE,
+    v0: Tensor,
+    *,
+    time: float = 1.0,
+    band: tuple[float, float],
+    paths: int = 1024,
+    steps: int = 64,
+    seed: int = 0,
+    branch_gains: tuple[float, float] = BRANCH_GAINS,
+    tau0s: tuple[float, float] = TAU0S,
+    on_progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    **sampling: Any,
+) -> Tuning:
+    """Find the branch gains, and the tau0, that keep the median correlation in a band.
+
+    The correlation of a path is the mean of rho_ij over all pairs of tokens, at the end of depth or
+    where the path stopped; its median is over all paths. Everything else of ``sde`` stays as it is,
+    but the skip gain follows the branch gain.
+
+    Each parameter is searched on its own while the other one stays at the value of ``sde``. First
+    comes a coarse scan of the whole search range, which does not assume that the median rises or
+    falls steadily; then the crossings of the band's ends are bisected. A crossing out of the band
+    and back between two neighbours of the scan goes unseen. All candidates use the same seed. Still
+    an end has the uncertainty that its median's standard error implies.
+
+    Args:
+        sde: the process; its branch gain and tau0 are the ones given.
+        v0: (m, m) the covariance at the start, m at least 2.
+        time: depth / width. Default 1.0.
+        band: least and largest admissible median correlation.
+        paths, steps: of each candidate. Defaults 1024 and 64.
+        seed: of each candidate's generator. Default 0.
+        branch_gains: search range, in steps of 0.01. Default 0.05 to 1.
+        tau0s: search range, in 48 steps to a decade. Default 0.1 to 10.
+        on_progress: called with the candidates done, and an upper bound of how many there will be.
+        stop: asked between steps; if it returns True, the candidate in work is dropped and the
+            result has ``is_complete`` False.
+        **sampling: further arguments of ``sde.sample``, such as ``integrator``.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of its range.
+    """
+    band = check_band(band, tokens=v0.shape[-1])
+    check_positive("time", time)
+    check_count("paths", paths)
+    check_count("steps", steps)
+    largest_gain = 1.0
+    if sde.attention and sde.identity_gain:
+        largest_gain = min(1.0, 1 / abs(sde.identity_gain))
+    gains = _gain_rungs(*_check_range("branch_gains", branch_gains, 0.0, 1.0), largest_gain)
+    temperatures = _tau0_rungs(*_check_range("tau0s", tau0s, 0.0, math.inf))
+
+    def evaluate(**change: Any) -> Candidate | None:
+        variant = replace(sde, skip_gain=None, **change)
+        generator = torch.Generator(v0.device).manual_seed(seed)
+        sample = variant.sample(
+            v0,
+            time,
+            paths,
+            steps,
+            generator,
+            snapshots=2,
+            stop=stop,
+            **{"chunk": _CHUNK, **sampling},
+        )
+        if not sample.is_complete:
+            return None
+        values = mean_correlation(sample)[-1]
+        median = Estimate(*(float(f(values, (0.5,))) for f in (quantile, quantile_error)))
+        return Candidate(variant.branch_gain, variant.tau0, median, sample.exploded_fraction())
+
+    # The most conservative value first.
+    searches = [_Search("branch_gain", gains, _GAIN_SCAN, _GAIN_STEP, band, evaluate)]
+    if sde.attention:
+        ratio = 10 ** (1 / _TAU0_STEPS)
+        searches.append(_Search("tau0", temperatures[::-1], _TAU0_SCAN, ratio, band, evaluate))
+    total = sum(search.most for search in searches)
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+
+    intervals: list[Interval] = []
+    for search in searches:
+        intervals.append(search.run(count))
+        if not intervals[-1].is_complete:
+            break
+    is_complete = all(interval.is_complete for interval in intervals)
+    if is_complete and on_progress is not None:
+        on_progress(total, total)
+    return Tuning(
+        intervals[0],
+        intervals[1] if len(intervals) > 1 else None,
+        band,
+        float(time),
+        paths,
+        steps,
+        seed,
+        is_complete,
+    )
+
+
+class _Stopped(Exception):
+    pass
+
+
+class _Search:
+    """Finds which of ascending or descending values, the rungs, are inside of the band."""
+
+    def __init__(
+        self,
+        parameter: str,
+        rungs: Sequence[float],
+        scan: int,
+        resolution: float,
+        band: tuple[float, float],
+        evaluate: Callable[..., Candidate | None],
+    ) -> None:
+        self.parameter, self.rungs, self.resolution = parameter, rungs, resolution
+        self.band, self.evaluate = band, evaluate
+        last = len(rungs) - 1
+        self.scan = [*range(0, last, scan), last]
+        self.most = len(self.scan) + 2 * math.ceil(math.log2(scan))
+        self.found: dict[int, Candidate] = {}
+
+    def run(self, count: Callable[[], None]) -> Interval:
+        self.count = count
+        try:
+            for index in self.scan:
+                self._side(index)
+            first = self._first_inside()
+            if first is not None:
+                for direction in (-1, 1):
+                    self._follow(first, direction)
+        except _Stopped:
+            return self._interval(is_complete=False)
+        return self._interval(is_complete=True)
+
+    def _side(self, index: int) -> int:
+        """-1 below the band, 0 inside, 1 above."""
+        if index not in self.found:
+            candidate = self.evaluate(**{self.parameter: self.rungs[index]})
+            if candidate is None:
+                raise _Stopped
+            self.found[index] = candidate
+            self.count()
+        return _side(self.found[index], self.band)
+
+    def _first_inside(self) -> int | None:
+        for before, index in zip([None, *self.scan], self.scan, strict=False):
+            if self._side(index) == 0:
+                return index
+            # Two neighbours on either side of the band: the median passes through it in between.
+            if before is None or self._side(before) == self._side(index):
+                continue
+            while index - before > 1:
+                middle = (before + index) // 2
+                side = self._side(middle)
+                if side == 0:
+                    return middle
+                if side == self._side(before):
+                    before = middle
+                else:
+                    index = middle
+        return None
+
+    def _follow(self, first: int, direction: int) -> None:
+        """Bisect between the end of the run that ``first`` is in and the first value outside."""
+        inside, outside = self._run_end(first, direction)
+        if outside is None:
+            return
+        while abs(outside - inside) > 1:
+            middle = (inside + outside) // 2
+            if self._side(middle) == 0:
+                inside = middle
+            else:
+                outside = middle
+
+    def _run_end(self, first: int, direction: int) -> tuple[int, int | None]:
+        """Return the last index inside, of those tried, and the next that was tried."""
+        inside = first
+        for index in sorted(self.found, reverse=direction < 0):
+            if (index - first) * direction <= 0:
+                continue
+            if self._side(index) != 0:
+                return inside, index
+            inside = index
+        return inside, None
+
+    def _interval(self, *, is_complete: bool) -> Interval:
+        rungs = self.rungs
+        is_ascending = rungs[0] < rungs[-1]
+        inside = [i for i in sorted(self.found) if _side(self.found[i], self.band) == 0]
+        ends: list[End | None] = [None, None]
+        if inside:
+            for place, direction in enumerate((-1, 1)):
+                index, outside = self._run_end(inside[0], direction)
+                ends[place] = End(
+                    self.found[index],
+                    None if outside is None else rungs[outside],
+                    index == (0 if direction < 0 else len(rungs) - 1),
+                )
+        low, high = ends if is_ascending else ends[::-1]
+        return Interval(
+            self.parameter,
+            low,
+            high,
+            (min(rungs), max(rungs)),
+            self.resolution,
+            tuple(self.found[i] for i in sorted(self.found, reverse=not is_ascending)),
+            self.band,
+            is_complete,
+        )
+
+
+def _side(candidate: Candidate, band: tuple[float, float]) -> int:
+    value = candidate.correlation.value
+    return (value > band[1]) - (value < band[0])
+
+
+def _distance(value: float, band: tuple[float, float]) -> float:
+    return max(band[0] - value, value - band[1], 0.0)
+
+
+def _gain_rungs(low: float, high: float, largest: float) -> list[float]:
+    """The multiples of the step in the range, which print as what they are."""
+    return _checked_rungs(
+        "branch_gains", _multiples(low, min(high, largest), round(1 / _GAIN_STEP))
+    )
+
+
+def _multiples(low: float, high: float, steps: int) -> Iterable[float]:
+    first, last = math.ceil(low * steps - 1e-9), math.floor(high * steps + 1e-9)
+    return [k / steps for k in range(first, last + 1)]
+
+
+def _tau0_rungs(low: float, high: float) -> list[float]:
+    """Powers of ten in the range, rounded to three digits, so that they print as what they are."""
+    exponents = _multiples(math.log10(low), math.log10(high), _TAU0_STEPS)
+    return _checked_rungs("tau0s", (float(f"{10**exponent:.3g}") for exponent in exponents))
+
+
+def _checked_rungs(name: str, rungs: Iterable[float]) -> list[float]:
+    rungs = list(rungs)
+    if len(rungs) < 2:
+        fail(
+            ValueError,
+            name,
+            "must hold at least two values to try",
+            f"{len(rungs)} of them",
+            "Search a wider range; branch_gain times identity_gain is at most 1.",
+        )
+    return rungs
+
+
+def check_band(band: tuple[float, float], tokens: int) -> tuple[float, float]:
+    """Check and unpack a band of mean correlations of that many tokens."""
+    low, high = _pair("band", band)
+    if tokens < 2:
+        fail(ValueError, "band", "needs at least 2 tokens", tokens, "One token has no correlation.")
+    least = -1 / (tokens - 1)
+    if not (least <= low < high <= 1):
+        fail(
+            ValueError,
+            "band",
+            f"must ascend and lie in [{least:.3g}, 1], which is all that the mean correlation of "
+            f"{tokens} tokens can be",
+            (low, high),
+            "Give for example (0.1, 0.6).",
+        )
+    return low, high
+
+
+def _check_range(
+    name: str, value: tuple[float, float], least: float, most: float
+) -> tuple[float, float]:
+    low, high = _pair(name, value)
+    if not least < low < high <= most:
+        limits = "be positive" if most == math.inf else f"lie in ({least:g}, {most:g}]"
+        fail(
+            ValueError, name, f"must ascend and {limits}", (low, high), "Give another search range."
+        )
+    return low, high
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    try:
+        low, high = value
+    except (TypeError, ValueError):
+        fail(TypeError, name, "must be a pair of numbers", repr(value), "Give (low, high).")
+    check_number(name, low)
+    check_number(name, high)
+    return float(low), float(high)
+
+
+def _estimates_as_dicts(value: Any) -> Any:
+    """``asdict`` leaves a NamedTuple a tuple, which JSON would make a nameless list."""
+    if isinstance(value, Estimate):
+        return value._asdict()
+    if isinstance(value, dict):
+        return {name: _estimates_as_dicts(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_estimates_as_dicts(item) for item in value]
+    return value

@@ -1,0 +1,835 @@
+import json
+import os
+import re
+import signal
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from shaped_attn import cli, prediction
+from shaped_attn.prediction import Settings, make_settings, read_config
+from shaped_attn.sde import CovarianceSDE, equicorrelated
+from shaped_attn.sde.network import FiniteNetwork
+from shaped_attn.sde.sample import CovarianceSample, Estimate, quantile, quantile_error
+from shaped_attn.sde.tuning import Candidate, End, Interval, Tuning
+
+# Small, on one device wherever the tests run.
+SMALL = ("--depth", "4", "--width", "16", "--tokens", "3", "--paths", "64", "--device", "cpu")
+NETWORKS = (*SMALL, "--networks", "40", "--method", "chain")
+PREDICTED = {
+    "settings",
+    "time",
+    "is_complete",
+    "source",
+    "paths",
+    "requested",
+    "times",
+    "layers",
+    "levels",
+    "quantiles",
+    "blow_up",
+    "collapse",
+    "tuning",
+    "assumptions",
+    "versions",
+    "device",
+    "seconds",
+}
+STATISTICS = ["mean_correlation", "rho_12", "rho_23", "rho_13", "V_11", "V_33"]
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.cli, [str(arg) for arg in args])
+
+
+def predict(*args):
+    result = invoke("predict", *SMALL, "--json", *args)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a file, JSON unless it is text, and return its path."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def interrupt_after(monkeypatch, owner, calls):
+    """Press Ctrl-C in one of the calls of ``owner.sample``, after half of its work."""
+    sample = owner.sample
+    seen = []
+
+    def interrupted(self, *args, on_progress=None, **options):
+        def count(done, total):
+            if on_progress is not None:
+                on_progress(done, total)
+            if len(seen) == calls and 2 * done >= total:
+                seen.append(None)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        seen.append(None)
+        return sample(self, *args, on_progress=count, **options)
+
+    monkeypatch.setattr(owner, "sample", interrupted)
+
+
+# ---------------------------------------------------------------------------------- settings
+
+
+def test_every_flag_reaches_the_process():
+    flags = {
+        "depth": 6,
+        "width": 24,
+        "tokens": 5,
+        "correlation": 0.3,
+        "variance": 2.0,
+        "branch_gain": 0.4,
+        "tau0": 0.7,
+        "heads": 2,
+        "softmax_gain": 0.8,
+        "out_proj": "gaussian",
+        "causal": True,
+        "mlp_ratio": 4.0,
+        "c_plus": 0.1,
+        "c_minus": -0.6,
+        "head_dim": 3,
+    }
+    settings = make_settings({}, flags)
+    block = {
+        "tau0": 0.7,
+        "branch_gain": 0.4,
+        "heads": 2,
+        "softmax_gain": 0.8,
+        "out_proj": "gaussian",
+        "is_causal": True,
+        "mlp_ratio": 4.0,
+        "c_plus": 0.1,
+        "c_minus": -0.6,
+    }
+    assert settings.sde() == CovarianceSDE(width=24, **block)
+    assert settings.network() == FiniteNetwork(width=24, depth=6, head_dim=3, **block)
+    assert settings.time == 0.25
+    torch.testing.assert_close(settings.start(), equicorrelated(5, 0.3, 2.0))
+    assert make_settings({}, {"finite_width": False}).sde().width is None
+    assert make_settings({}, {"mlp": False}).sde().mlp is False
+    assert make_settings({}, {"attention": False}).sde().attention is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"depth": 256, "width": 512}, 256),
+        ({"depth": 12, "width": 768}, 768),  # one for each of 12 layers, fewer than 64
+        ({"depth": 64, "width": 64}, 64),
+        ({"depth": 64, "width": 64, "finite_width": False}, 256),
+        ({"depth": 64, "width": 64, "integrator": "euler_maruyama"}, 256),
+        ({"depth": 8, "width": 128, "finite_width": False}, 1024),  # 64 in all
+        ({"depth": 8, "width": 8, "tokens": 7}, 14),  # what the chain needs
+        ({"depth": 8, "width": 8, "mlp_ratio": 0.25}, 16),
+        ({"steps": 100}, 100),
+    ],
+)
+def test_the_steps_follow_from_depth_and_width(settings, steps):
+    assert Settings(**settings).steps == steps
+
+
+def test_the_help_shows_the_defaults():
+    names = {f.name for f in fields(Settings)}
+    shown = {}
+    for group in (cli._MODEL_OPTIONS, cli._TUNING_OPTIONS, cli._NETWORK_OPTIONS):
+        for flag, _, default, _ in group:
+            shown[flag.split("/")[0].removeprefix("--").replace("-", "_")] = (flag, default)
+    assert set(shown) == names
+    found = Settings()
+    for name, (flag, default) in shown.items():
+        value = getattr(found, name)
+        if isinstance(value, bool):
+            positive, negative = (part.removeprefix("--") for part in flag.split("/"))
+            assert default == (positive if value else negative)
+        elif name not in ("v0", "steps", "band", "head_dim"):
+            assert default == (value if isinstance(value, str) else f"{value:g}")
+    rho, (low, high) = found.correlation, found.target_band
+    margin = float(shown["band"][1].split()[0])
+    assert (low, high) == pytest.approx((rho - margin, rho + margin))
+
+
+def test_flags_win_over_the_file(write):
+    config = write("c.json", {"depth": 6, "width": 12, "correlation": 0.4, "mlp": False})
+    found = predict("--config", config, "--no-tune", "--mlp")["settings"]
+    assert (found["depth"], found["width"]) == (4, 16)  # those of SMALL
+    assert found["correlation"] == 0.4
+    assert found["mlp"] is True
+    assert found["tune"] is False
+
+
+def test_a_start_of_the_command_line_replaces_that_of_the_file():
+    matrix = ((1.0, 0.5), (0.5, 2.0))
+    found = make_settings({"v0": matrix, "depth": 3}, {"correlation": 0.1})
+    assert (found.v0, found.tokens, found.correlation, found.depth) == (None, 4, 0.1, 3)
+    found = make_settings({"tokens": 7, "correlation": 0.1}, {"v0": matrix})
+    assert (found.v0, found.tokens, found.correlation) == (matrix, 2, None)
+
+
+def test_toml_says_the_same_as_json(write):
+    pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    text = (
+        'depth = 6\nmlp = false\nband = [0.1, 0.3]\nv0 = [[1, 0.5], [0.5, 1]]\nmethod = "chain"\n'
+    )
+    values = {
+        "depth": 6,
+        "mlp": False,
+        "band": [0.1, 0.3],
+        "v0": [[1, 0.5], [0.5, 1]],
+        "method": "chain",
+    }
+    by_toml, by_json = (
+        make_settings(read_config(path), {})
+        for path in (write("c.toml", text), write("c.json", values))
+    )
+    assert by_toml == by_json
+    assert by_toml.band == (0.1, 0.3)
+
+
+def test_toml_without_tomllib_is_a_clear_error(write, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    result = invoke("predict", "--config", write("c.toml", "depth = 6\n"))
+    assert result.exit_code == 2
+    assert "Python 3.11" in result.stderr
+    assert "JSON" in result.stderr
+
+
+def test_a_start_can_come_from_a_file(write, tmp_path):
+    matrix = [[1.0, 0.5, 0.1], [0.5, 2.0, 0.2], [0.1, 0.2, 0.5]]
+    np.save(tmp_path / "v0.npy", np.array(matrix))
+    small = ("--depth", 4, "--width", 16, "--paths", 8, "--no-tune", "--json", "--device", "cpu")
+    starts = (
+        ("--v0", tmp_path / "v0.npy"),
+        ("--v0", write("v0.json", matrix)),
+        ("--config", write("c.json", {"v0": "v0.npy"})),  # beside the configuration
+    )
+    for start in starts:
+        result = invoke("predict", *small, *start)
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert found["settings"]["v0"] == matrix
+        assert found["quantiles"]["V_33"]["values"][0] == pytest.approx([0.5] * 3)
+        rho = 0.2 / (2.0 * 0.5) ** 0.5
+        assert found["quantiles"]["rho_23"]["values"][0] == pytest.approx([rho] * 3)
+
+
+def test_the_settings_of_a_result_are_a_configuration(write):
+    first = predict("--no-tune", "--seed", 3)
+    config = write("again.json", first["settings"])
+    result = invoke("predict", "--config", config, "--json", "--device", "cpu")
+    assert json.loads(result.stdout)["quantiles"] == first["quantiles"]
+    other = predict("--no-tune", "--seed", 4)
+    assert other["quantiles"] != first["quantiles"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"branch_gian": 0.5}, "branch_gian is not a setting. Did you mean branch_gain?"),
+        ({"branch-gain": 0.5}, "Did you mean branch_gain?"),
+        ({"zzz": 0.5}, "zzz is not a setting. Known are depth,"),
+        ({"no_mlp": True}, "Write mlp = false."),
+        ({"limit": True}, "Write finite_width = false."),
+        ({"plot": "a.png"}, "Give --plot on the command line."),
+        ({"depth": "6"}, "depth must be an int, got str"),
+        ({"depth": 6.5}, "depth must be an int, got float"),
+        ({"depth": None}, "depth must be an int"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"tau0": "1"}, "tau0 must be a number, got str"),
+        ({"tau0": -1}, "tau0 must be positive"),
+        ({"c_plus": True}, "c_plus must be a number, got bool"),
+        ({"causal": 1}, "causal must be true or false, got 1"),
+        ({"out_proj": "haar"}, "out_proj must be one of"),
+        ({"method": 3}, "method must be one of"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 2**63}, "seed must be below 2^63"),
+        ({"band": 0.3}, "band must be a pair of numbers"),
+        ({"band": [0.1, 1.5]}, "band must ascend and lie in [-0.333, 1]"),
+        ({"softmax_gain": [1, 2]}, "softmax_gain must be one number"),
+        ({"branch_gain": 1.5}, "branch_gain must be from 0 to 1"),
+        ({"correlation": -0.5}, "correlation must be from -0.333333 to 1 for 4 tokens"),
+        ({"correlation": 1.0}, "v0 must have eigenvalues from 0.0001"),
+        ({"steps": 3}, "steps must be at least 8 per unit of depth / width for 4 tokens"),
+        ({"v0": [[1, 0.5]]}, "v0 must be a square matrix, got 1 rows, of lengths [2]"),
+        ({"v0": [[1, "a"], [0, 1]]}, "an entry of v0 must be a number, got str"),
+        ({"v0": [[1, 2], [2, 1]]}, "v0 must be positive semidefinite"),
+        ({"v0": [[1, 0.5], [0.4, 1]]}, "v0 must be symmetric"),
+        ({"v0": [[1]], "correlation": 0.1}, "v0 must not be given beside"),
+        ({"v0": [[1]], "tokens": 2}, "v0 must not be given beside"),
+        ({"v0": "none.npy"}, "none.npy"),
+        ({"v0": "c.csv"}, "v0 must be a .npy or .json file"),
+        ([1], "must hold settings by name, got list"),
+        ("{", "Expecting property name"),
+        ('{"depth": 1, "depth": 2}', "depth is given twice"),
+        ('{"tau0": NaN}', "tau0 must be finite"),
+    ],
+)
+def test_a_wrong_file_is_wrong_usage(write, content, message):
+    result = invoke("predict", "--config", write("c.json", content))
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "message"),
+    [
+        ("predict", ("--depth", "x"), "'x' is not a valid integer"),
+        ("predict", ("--depth", 0), "depth must be at least 1"),
+        ("predict", ("--band", 0.5, 0.1), "band must ascend"),
+        ("predict", ("--tokens", 1, "--band", 0.1, 0.5), "band needs at least 2 tokens"),
+        ("predict", ("--integrator", "rk4"), "'rk4' is not one of"),
+        ("predict", ("--networks", 5), "No such option"),
+        ("predict", ("--config", "c.yaml"), "does not exist"),
+        ("predict", ("--plot", "a.jpg"), "a.jpg must end in one of"),
+        ("predict", ("--plot", "missing/a.png"), "there is no folder missing"),
+        ("predict", ("--output", "missing/a.json"), "there is no folder missing"),
+        ("predict", ("--device", "abacus"), "'abacus' is not a device"),
+        ("predict", ("--c-minus", -12, "--width", 144, "--c-plus", -12), "must not both be"),
+        ("compare", ("--networks", 3), "networks and paths must be enough"),
+        ("compare", ("--heads", 3), "width must be a multiple of the 3 heads"),
+        ("compare", ("--width", 8, "--heads", 2, "--method", "chain"), "width must be at least 16"),
+        ("compare", ("--width", 3, "--method", "network"), "at least the number of tokens, 4"),
+        ("compare", ("--head-dim", 0), "head_dim must be at least 1"),
+        ("compare", ("--band", 0.1, 0.2), "No such option"),
+    ],
+)
+def test_wrong_flags_are_wrong_usage(command, args, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(command, *args)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.yaml", "depth: 3", "config must be a .json or .toml file"),
+        ("c.json", b"\xff\xfe", "codec can't decode"),
+        ("v0.json", b'{"a": 1}', "must be a square matrix, got dict"),
+        ("v0.npy", b"no array", "v0.npy"),
+        ("v0.txt", b"1", "v0 must be a .npy or .json file"),
+    ],
+)
+def test_a_file_of_another_format_is_wrong_usage(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = invoke("predict", "--v0" if name.startswith("v0") else "--config", path)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+# ----------------------------------------------------------------------------------- predict
+
+
+def test_the_numbers_are_those_of_the_process():
+    found = predict("--no-tune", "--tau0", 0.5, "--causal", "--seed", 7)
+    assert set(found) == PREDICTED
+    generator = torch.Generator().manual_seed(7)
+    sde = CovarianceSDE(width=16, tau0=0.5, is_causal=True)
+    sample = sde.sample(equicorrelated(3, 0.2), 0.25, 64, 16, generator)
+    assert found["times"] == sample.times.tolist() == [0, 1 / 16, 2 / 16, 3 / 16, 4 / 16]
+    assert found["layers"] == [0, 1, 2, 3, 4]
+    assert list(found["quantiles"]) == STATISTICS
+    expected = sample.statistics()
+    pairs = [expected[name] for name in ("rho_12", "rho_13", "rho_23")]
+    expected["mean_correlation"] = torch.stack(pairs).mean(0)
+    for name in STATISTICS:
+        values, errors = (found["quantiles"][name][key] for key in ("values", "standard_errors"))
+        levels = (0.05, 0.5, 0.95)
+        torch.testing.assert_close(
+            torch.tensor(values), quantile(expected[name], levels), check_dtype=False
+        )
+        torch.testing.assert_close(
+            torch.tensor(errors), quantile_error(expected[name], levels), check_dtype=False
+        )
+    assert found["blow_up"] == sample.exploded_fraction()._asdict()
+    assert found["tuning"] is None
+    assert (found["paths"], found["requested"], found["is_complete"]) == (64, 64, True)
+
+
+def test_blow_up_and_collapse_are_told_apart():
+    # Steps as coarse as these throw paths out at both ends.
+    options = ("--no-tune", "--integrator", "euler_maruyama", "--branch-gain", 1, "--steps", 16)
+    options += ("--depth", 64, "--tau0", 0.3, "--paths", 400, "--seed", 1)
+    found = predict(*options)
+    sde = CovarianceSDE(width=16, tau0=0.3, branch_gain=1.0)
+    generator = torch.Generator().manual_seed(1)
+    sample = sde.sample(
+        equicorrelated(3, 0.2), 4.0, 400, 16, generator, integrator="euler_maruyama"
+    )
+    exploded, stopped = sample.exploded_fraction().value, sample.stopped_fraction().value
+    assert 0 < exploded < stopped
+    assert found["blow_up"]["value"] == exploded
+    assert found["collapse"]["value"] == pytest.approx(stopped - exploded)
+    assert found["collapse"]["standard_error"] > 0
+    text = invoke("predict", *SMALL, *options).stdout
+    for name in ("blow_up", "collapse"):
+        shown = prediction.format_estimate(Estimate(**found[name]))
+        assert f"Probability of {name.replace('_', '-'):8}  {shown}" in text
+
+
+def test_the_table_shows_the_numbers_of_the_json():
+    found = predict("--no-tune", "--depth", 16)
+    text = invoke("predict", *SMALL, "--no-tune", "--depth", 16).stdout
+    rows = [line.split() for line in text.splitlines() if re.match(r" +\d+ +[\d.]+ ", line)]
+    assert [row[0] for row in rows] == ["0", "4", "8", "12", "16"]
+    shown = ["mean_correlation", "rho_12", "V_11"]
+    for row in rows:
+        index = found["layers"].index(int(row[0]))
+        assert float(row[1]) == found["times"][index]
+        values = [value for name in shown for value in found["quantiles"][name]["values"][index]]
+        assert [float(cell) for cell in row[2:]] == pytest.approx(values, abs=5.01e-4)
+    for word in ("Probability of blow-up", "Probability of collapse", "±", "Assumed:"):
+        assert word in text
+    for line in found["assumptions"]:
+        assert line in text
+    assert max(len(line) for line in text.split("Assumed:")[0].splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("tokens", "headers"),
+    [(1, ["V_11"]), (2, ["rho_12", "V_11"]), (10, ["mean", "rho", "rho_1_2", "V_1_1"])],
+)
+def test_the_table_fits_the_number_of_tokens(tokens, headers):
+    result = invoke(
+        *("predict", *SMALL, "--width", 32, "--tokens", tokens, "--no-tune", "--paths", 8)
+    )
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.stdout.splitlines() if line.strip().startswith("depth"))
+    assert line.split()[1:] == headers
+
+
+def test_one_token_is_not_tuned():
+    result = invoke("predict", *SMALL, "--tokens", 1)
+    assert result.exit_code == 0
+    assert "one token has no correlation" in result.stdout
+
+
+def test_the_tuning_is_in_words_and_in_numbers():
+    options = ("--band", 0.19, 0.21, "--paths", 32, "--seed", 2)
+    tuning = predict(*options)["tuning"]
+    assert tuning["band"] == [0.19, 0.21]
+    assert (tuning["time"], tuning["seed"], tuning["is_complete"]) == (0.25, 2, True)
+    gains = tuning["branch_gain"]
+    assert gains["is_found"]
+    low, high = (gains[end]["candidate"]["branch_gain"] for end in ("low", "high"))
+    assert low == 0.05
+    assert gains["low"]["is_search_limit"]
+    assert 0.05 <= high < 1
+    assert gains["high"]["outside"] == pytest.approx(high + 0.01)
+    text = invoke("predict", *SMALL, *options).stdout
+    assert "in [0.19, 0.21] at the last layer" in text
+    assert f"branch gain: from {low:g} to {high:g}, at tau0 1" in text
+    assert f"at {low:g}: median" in text
+    assert "bounded by the search range" in text
+    assert "tau0" in tuning
+
+
+def estimate(value):
+    return Estimate(value, 0.0123)
+
+
+def interval(parameter, low=None, high=None, values=(0.05, 1.0), is_complete=True):
+    tried = tuple(
+        Candidate(
+            **{"branch_gain": 0.5, "tau0": 2.0, parameter: value},
+            correlation=estimate(0.1 * value),
+            blow_up=estimate(0.0),
+        )
+        for value in values
+    )
+    ends = [
+        None if end is None else End(tried[values.index(end[0])], *end[1:]) for end in (low, high)
+    ]
+    return Interval(parameter, *ends, (0.05, 1.0), 0.01, tried, (0.1, 0.3), is_complete)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_complete", "lines"),
+    [
+        (
+            interval("branch_gain", (0.05, None, True), (1.0, None, True)),
+            None,
+            True,
+            [
+                "branch gain: from 0.05 to 1, at tau0 2",
+                "at 0.05: median 0.005 ± 0.012, blow-up 0 ± 0.012; bounded by the search range",
+                "tau0: has no effect without attention",
+            ],
+        ),
+        (
+            interval("branch_gain"),
+            interval("tau0", (1.0, 0.9, False), (1.0, 1.1, False)),
+            True,
+            [
+                "branch gain: no value from 0.05 to 1 does; nearest:",
+                "at 1: median 0.100 ± 0.012",
+                "tau0: from 1 to 1, at branch gain 0.5",
+            ],
+        ),
+        (
+            interval("branch_gain", (0.05, None, True), (1.0, None, False), is_complete=False),
+            None,
+            False,
+            ["blow-up 0 ± 0.012; interrupted there", "tau0: not searched: interrupted"],
+        ),
+        (
+            interval("branch_gain", (0.05, 0.04, False), (0.05, 0.2, False), is_complete=False),
+            None,
+            False,
+            ["from 0.05 to 0.05", "0.04 is outside, between them interrupted"],
+        ),
+        (
+            interval("branch_gain", is_complete=False),
+            interval("tau0", values=(), is_complete=False),
+            False,
+            [
+                "interrupted; none of the 2 values tried does; nearest:",
+                "tau0: interrupted before the first value was tried",
+            ],
+        ),
+    ],
+)
+def test_every_outcome_of_the_tuning_has_its_words(first, second, is_complete, lines):
+    tuning = Tuning(first, second, (0.1, 0.3), 1.0, 5, 6, 0, is_complete)
+    text = "\n".join(prediction.tuning_lines(tuning))
+    for line in lines:
+        assert line in text
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.0066, 0.00131, "0.0066 ± 0.0013"),
+        (0.0, 0.00017, "0 ± 0.00017"),
+        (1234.5, 56.7, "1234 ± 57"),
+        (0.2, 0.0, "0.2 ± 0"),
+        (float("nan"), float("nan"), "nan ± nan"),
+    ],
+)
+def test_an_estimate_is_written_to_the_digits_of_its_error(value, error, text):
+    assert prediction.format_estimate(Estimate(value, error)) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.000"), (0.123456, "0.123"), (-99.5, "-99.500"), (1234.5, "1.2e3"), (2e-4, "2.0e-4")],
+)
+def test_a_number_is_short(value, text):
+    assert prediction.format_number(value) == text
+
+
+def test_files_are_written(tmp_path):
+    plot, output = tmp_path / "p.svg", tmp_path / "p.json"
+    result = invoke("predict", *SMALL, "--no-tune", "--plot", plot, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert f"Plot: {plot}" in result.stdout
+    assert f"Numbers: {output}" in result.stdout
+    assert "<svg" in plot.read_text()
+    written = json.loads(output.read_text())
+    assert set(written) == PREDICTED
+    again = invoke("predict", *SMALL, "--no-tune", "--plot", plot, "--output", output, "--json")
+    assert json.loads(again.stdout)["quantiles"] == written["quantiles"]  # and nothing but JSON
+    assert f"Plot: {plot}" in again.stderr
+
+
+def test_a_file_that_cannot_be_written_does_not_cost_the_result(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    result = invoke("predict", *SMALL, "--no-tune", "--plot", tmp_path / "folder.png")
+    assert result.exit_code == 2
+    assert "directory" in result.stderr
+    output = tmp_path / "full.json"
+    output.symlink_to("/dev/full")
+    result = invoke("predict", *SMALL, "--no-tune", "--output", output)
+    assert result.exit_code == 1
+    assert "Probability of blow-up" in result.stdout
+    assert "No space left" in result.stderr
+
+
+def test_progress_goes_to_stderr_and_a_busy_cpu_gets_one_thread(monkeypatch):
+    seen = []
+    threads = torch.get_num_threads()
+
+    def predict(settings, *, device, on_progress, stop):
+        for phase, done, total in (("paths", 1, 2), ("paths", 2, 2), ("tuning", 1, 9)):
+            on_progress(phase, done, total)
+            seen.append((stop(), torch.get_num_threads()))
+        return Settings(depth=2, width=8, tokens=2, paths=8, steps=8)
+
+    monkeypatch.setattr(prediction, "predict", predict)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
+    torch.set_num_threads(2)
+    try:
+        result = invoke("predict", *SMALL)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert isinstance(result.exception, AttributeError)  # not a prediction
+    assert seen == [(False, 1)] * 3
+    assert "paths" in result.stderr
+    assert "tuning" in result.stderr
+    assert result.stdout == ""
+
+
+# ------------------------------------------------------------------------------------- Ctrl-C
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setitem(prediction._CHUNK, "cpu", 16)
+
+
+def test_an_interrupt_keeps_the_paths_that_are_done(monkeypatch, small_chunks, tmp_path):
+    interrupt_after(monkeypatch, CovarianceSDE, calls=1)
+    plot, output = tmp_path / "p.png", tmp_path / "p.json"
+    result = invoke("predict", *SMALL, "--plot", plot, "--output", output)
+    assert result.exit_code == 130, result.output
+    assert "32 of 64 paths" in result.stdout
+    assert "Probability of blow-up" in result.stdout
+    assert "partial" in result.stderr
+    found = json.loads(output.read_text())
+    assert (found["paths"], found["requested"], found["is_complete"]) == (32, 64, False)
+    assert found["tuning"] is None
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_before_the_first_paths_prints_what_there_is(monkeypatch, tmp_path):
+    # One chunk of all paths: none of them is done.
+    interrupt_after(monkeypatch, CovarianceSDE, calls=1)
+    plot = tmp_path / "p.png"
+    result = invoke("predict", *SMALL, "--json", "--plot", plot)
+    assert result.exit_code == 130, result.output
+    found = json.loads(result.stdout)
+    assert (found["paths"], found["is_complete"]) == (0, False)
+    assert found["quantiles"] == {}
+    assert found["blow_up"] is found["collapse"] is None
+    assert not plot.exists()
+
+
+def test_an_interrupt_of_the_tuning_keeps_what_was_tried(monkeypatch):
+    interrupt_after(monkeypatch, CovarianceSDE, calls=5)
+    result = invoke("predict", *SMALL, "--json", "--band", -0.5, 1)
+    assert result.exit_code == 130, result.output
+    found = json.loads(result.stdout)
+    assert found["paths"] == 64
+    assert found["is_complete"] is False
+    tuning = found["tuning"]
+    assert tuning["is_complete"] is False
+    assert tuning["tau0"] is None
+    tried = [candidate["branch_gain"] for candidate in tuning["branch_gain"]["candidates"]]
+    assert tried == [0.05, 0.15, 0.25]  # after the prediction itself; the fifth call is dropped
+    assert tuning["branch_gain"]["high"]["candidate"]["branch_gain"] == 0.25
+
+
+def test_a_second_interrupt_ends_the_command(monkeypatch):
+    def sample(self, *args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(CovarianceSDE, "sample", sample)
+    monkeypatch.setattr(sys, "argv", ["shaped-attn", "predict", *SMALL])
+    monkeypatch.setattr(cli, "_is_program", False)
+    with pytest.raises(SystemExit) as error:
+        cli.main()
+    assert error.value.code == 130
+
+
+# ------------------------------------------------------------------------------------- compare
+
+
+def test_a_comparison_has_both_sides():
+    result = invoke("compare", *NETWORKS, "--json", "--seed", 5)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert set(found) == {
+        "settings",
+        "time",
+        "is_complete",
+        "agrees",
+        "prediction",
+        "networks",
+        "comparison",
+        "assumptions",
+        "versions",
+        "device",
+        "seconds",
+    }
+    assert found["agrees"] is True
+    assert (found["prediction"]["source"], found["networks"]["source"]) == ("sde", "chain")
+    assert (found["prediction"]["paths"], found["networks"]["paths"]) == (64, 40)
+    comparison = found["comparison"]
+    assert list(comparison["statistics"]) == ["rho_12", "rho_13", "rho_23", "V_11", "V_22", "V_33"]
+    assert comparison["paths"] == [64, 40]
+    assert comparison["level"] == 0.01
+    sides = (found["prediction"], found["networks"])
+    for name in ("rho_12", "V_11"):
+        medians = [side["quantiles"][name]["values"][-1][1] for side in sides]
+        compared = [pair[1] for pair in comparison["statistics"][name]["quantiles"]]
+        assert compared == pytest.approx(medians)
+
+
+def test_the_networks_are_those_of_the_settings():
+    options = ("--head-dim", 2, "--out-proj", "gaussian", "--heads", 2, "--tau0", 0.5)
+    result = invoke("compare", *NETWORKS, "--json", "--seed", 5, *options)
+    found = json.loads(result.stdout)["networks"]
+    network = FiniteNetwork(width=16, depth=4, head_dim=2, out_proj="gaussian", heads=2, tau0=0.5)
+    generator = torch.Generator().manual_seed(6)
+    sample = network.sample(equicorrelated(3, 0.2), 40, generator, method="chain")
+    expected = quantile(sample.statistics()["rho_13"], (0.05, 0.5, 0.95))
+    values = torch.tensor(found["quantiles"]["rho_13"]["values"], dtype=torch.float64)
+    torch.testing.assert_close(values, expected)
+
+
+def test_the_comparison_table_shows_the_numbers_of_the_json(tmp_path):
+    output, plot = tmp_path / "c.json", tmp_path / "c.pdf"
+    result = invoke("compare", *NETWORKS, "--seed", 5, "--output", output, "--plot", plot)
+    assert result.exit_code == 0, result.output
+    assert plot.read_bytes().startswith(b"%PDF")
+    found = json.loads(output.read_text())["comparison"]
+    for name, statistic in found["statistics"].items():
+        (row,) = [
+            line.split() for line in result.stdout.splitlines() if line.startswith(f"{name} ")
+        ]
+        assert row[-1] == "ok"
+        assert [float(cell) for cell in row[1:3]] == pytest.approx(
+            [statistic["ks"], statistic["critical"]], abs=5.01e-4
+        )
+        for place, side in ((3, 0), (6, 1)):
+            median, error = statistic["quantiles"][side][1], statistic["quantile_errors"][side][1]
+            assert float(row[place]) == pytest.approx(median, abs=0.06 * error)
+            assert float(row[place + 2]) == pytest.approx(error, rel=0.06)
+    assert "Stopped  SDE 0 ± " in result.stdout
+    assert "Agree" in result.stdout
+    assert found["largest"] in result.stdout.split("Agree")[1].split(";")[1]
+
+
+def test_networks_of_another_law_disagree(monkeypatch):
+    network = Settings.network
+
+    def wrong(self):
+        return type(network(self))(width=16, depth=4, branch_gain=0.9)
+
+    monkeypatch.setattr(Settings, "network", wrong)
+    result = invoke("compare", *NETWORKS, "--networks", 200, "--paths", 500)
+    assert result.exit_code == 1, result.output
+    assert "Disagree" in result.stdout
+    assert "differs" in result.stdout
+
+
+def test_real_networks_run():
+    result = invoke("compare", *SMALL, "--networks", 40, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["networks"]["source"] == "network"
+    assert found["networks"]["paths"] == 40
+
+
+def test_many_tokens_show_the_largest_distances():
+    result = invoke("compare", *NETWORKS, "--width", 32, "--tokens", 7)
+    assert result.exit_code == 0, result.output
+    assert "The 21 of 28 statistics with the largest KS distance" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if line.endswith(" ok")]
+    distances = [float(row[1]) for row in rows]
+    assert len(rows) == 21
+    assert distances == sorted(distances, reverse=True)
+
+
+def test_an_interrupt_keeps_the_networks_that_are_done(monkeypatch, tmp_path):
+    from shaped_attn.sde import network
+
+    monkeypatch.setattr(network, "_CHAIN_PATHS", 10)
+    interrupt_after(monkeypatch, FiniteNetwork, calls=1)
+    output = tmp_path / "c.json"
+    result = invoke("compare", *NETWORKS, "--output", output)
+    assert result.exit_code == 130, result.output
+    assert "64 paths of the SDE, 20 of 40 chains" in result.stdout
+    assert "critical" in result.stdout
+    found = json.loads(output.read_text())
+    assert found["is_complete"] is False
+    assert found["comparison"]["paths"] == [64, 20]
+    assert found["comparison"]["requested"] == [64, 40]
+
+
+def test_too_few_networks_do_not_agree(monkeypatch):
+    from shaped_attn.sde import network
+
+    monkeypatch.setattr(network, "_CHAIN_PATHS", 2)
+    sample, done = FiniteNetwork.sample, []
+
+    def interrupted(self, *args, on_progress=None, **options):
+        def count(steps, total):
+            done.append(steps)
+            if len(done) == 5:  # the first two networks have four layers each
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return sample(self, *args, on_progress=count, **options)
+
+    monkeypatch.setattr(FiniteNetwork, "sample", interrupted)
+    for args in (NETWORKS, (*NETWORKS, "--json")):
+        done.clear()
+        result = invoke("compare", *args)
+        assert result.exit_code == 130, result.output
+        if "--json" in args:
+            found = json.loads(result.stdout)
+            assert found["networks"]["paths"] == 2
+            assert found["agrees"] is None
+        else:
+            assert "Too few to tell" in result.stdout
+
+
+def test_an_interrupt_before_the_networks_keeps_the_prediction(monkeypatch, small_chunks):
+    interrupt_after(monkeypatch, CovarianceSDE, calls=1)
+    result = invoke("compare", *NETWORKS, "--json")
+    assert result.exit_code == 130, result.output
+    found = json.loads(result.stdout)
+    assert found["prediction"]["paths"] == 32
+    assert found["networks"] is found["comparison"] is found["agrees"] is None
+
+
+def test_an_interrupt_before_the_first_network_compares_nothing(monkeypatch, tmp_path):
+    interrupt_after(monkeypatch, FiniteNetwork, calls=1)
+    plot = tmp_path / "c.png"
+    result = invoke("compare", *NETWORKS, "--plot", plot)
+    assert result.exit_code == 130, result.output
+    assert "0 of 40 chains" in result.stdout
+    assert "critical" not in result.stdout
+    assert plot.exists()  # the prediction
+
+
+def test_samples_without_a_path_have_no_rows():
+    empty = CovarianceSample(
+        "sde",
+        torch.zeros(1, dtype=torch.float64),
+        torch.empty(1, 0, 3, 3),
+        torch.empty(0, dtype=torch.float64),
+        torch.empty(0, dtype=torch.bool),
+        9,
+    )
+    found = prediction.Prediction(Settings(), empty, None, "cpu", 0.0)
+    assert found.rows() == []
+    assert not found.is_complete
+
+
+def test_a_prediction_without_its_tuning_is_not_complete():
+    for tune, tokens, is_complete in ((True, 3, False), (False, 3, True), (True, 1, True)):
+        settings = Settings(depth=2, width=16, tokens=tokens, paths=8, tune=tune)
+        sample = settings.sde().sample(settings.start(), settings.time, 8, settings.steps)
+        found = prediction.Prediction(settings, sample, None, "cpu", 0.0)
+        assert found.is_complete is is_complete
