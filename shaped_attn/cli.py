@@ -184,8 +184,8 @@ def demo(
 
     The covariance of tokens over depth is predicted, and measured in real networks at
     initialisation. Two byte-level decoders are then trained side by side, one with shaped and one
-    with plain softmax attention. Ctrl-C after the check writes the page with what there is; the
-    exit code is then 130. It is 1 if the check exceeded a budget.
+    with plain softmax attention. Ctrl-C during either writes the page with what there is; the exit
+    code is then 130. It is 1 if the check exceeded a budget.
     """
     from dataclasses import replace
 

@@ -6,7 +6,9 @@ import os
 import re
 import signal
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -15,14 +17,18 @@ from click.testing import CliRunner
 from matplotlib.image import imread
 from rich.console import Console
 
-from shaped_attn import cli, fidelity
-from shaped_attn.demo import data, figures, page, run, training
+from shaped_attn import cli, fidelity, interrupt
+from shaped_attn.demo import covariance, data, figures, page, run, training
 from shaped_attn.demo.model import Decoder, ModelConfig
+from shaped_attn.prediction import format_number
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY_MODEL = ModelConfig(layers=2, width=32, heads=2, length=32)
 TINY_TRAINING = training.TrainingConfig(
     batch=4, learning_rate=1e-2, evaluations=3, validation_windows=6
+)
+TINY_COVARIANCE = covariance.CovarianceConfig(
+    width=12, depth=12, paths=64, networks=40, plain_networks=12, network_chunk=10
 )
 
 
@@ -35,6 +41,7 @@ def settings(output, **changes):
         steps=40,
         model=TINY_MODEL,
         training=TINY_TRAINING,
+        covariance=TINY_COVARIANCE,
         corpus_bytes=200_000,
         logit_stds=(0.1, 1.0),
         check_length=16,
@@ -258,7 +265,7 @@ def test_training_moves_the_gains_of_the_shaped_model_only(corpus):
 
 
 def test_a_stop_request_ends_all_models_at_the_same_step(corpus):
-    stop = training.StopRequest()
+    stop = interrupt.StopRequest()
 
     def on_progress(progress):
         stop.is_set = progress.step == 3
@@ -276,7 +283,7 @@ def test_the_time_limit_ends_training(corpus):
 
 
 def test_the_first_interrupt_is_a_request_and_the_second_an_exception():
-    with training.stop_on_interrupt() as stop:
+    with interrupt.stop_on_interrupt() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set
         with pytest.raises(KeyboardInterrupt):
@@ -377,12 +384,13 @@ def test_the_page_has_the_tables_and_the_pictures(finished):
     reader = Reader((output / run.PAGE).read_text(encoding="utf-8"))
     words = "".join(reader.words)
     dtypes, models, times = len(fidelity.DTYPES), 2, 2
-    assert len(reader.all("svg")) == dtypes + 2
+    assert len(reader.all("svg")) == dtypes + 2 + 2
     images = reader.all("img")
     assert len(images) == models * times * TINY_MODEL.layers * TINY_MODEL.heads
     assert all(image["alt"] for image in images)
-    # The centred term, all quantities per dtype, the losses, one per gain, set-up and versions.
-    assert len(reader.all("table")) == 1 + dtypes + 1 + 3 + 2
+    # The centred term, all quantities per dtype, two of the covariance, the losses, one per gain,
+    # set-up and versions.
+    assert len(reader.all("table")) == 1 + dtypes + 2 + 1 + 3 + 2
     for quantity in fidelity.QUANTITIES:
         assert fidelity.label(quantity) in words
     for name in ("shaped", "plain"):
@@ -424,6 +432,9 @@ def test_the_metrics_are_those_of_the_page(finished):
         result.final_loss("shaped") - result.final_loss("plain"), abs=1e-6
     )
     assert "validation loss" in printed
+    assert metrics["covariance"] == result.covariance.to_dict()
+    assert metrics["seconds"]["covariance"] == result.covariance.seconds > 0
+    assert "in 40 networks" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(
@@ -492,14 +503,116 @@ def test_an_interrupt_writes_the_page_with_what_there_is(tmp_path):
     result = run.run(settings(tmp_path), console)
     assert result.training.stopped == "interrupt"
     assert 0 < result.training.steps < 40
+    assert result.covariance.is_complete
     text = (tmp_path / run.PAGE).read_text(encoding="utf-8")
     assert f"Interrupted after {result.training.steps} of 40 steps" in text
     assert json.loads((tmp_path / run.METRICS).read_text())["stopped"] == "interrupt"
 
 
+def interrupt_networks(monkeypatch, share):
+    """Press Ctrl-C once a share of the networks with shaped attention is done."""
+    measure, pressed = covariance.measure, []
+
+    def measure_and_press(config, *, on_progress, **options):
+        def press(phase, done, total):
+            on_progress(phase, done, total)
+            if phase == "shaped networks" and done >= share * total and not pressed:
+                pressed.append(done)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return measure(config, on_progress=press, **options)
+
+    monkeypatch.setattr(covariance, "measure", measure_and_press)
+
+
+def test_an_interrupt_of_the_networks_shows_those_that_are_finished(tmp_path, monkeypatch):
+    interrupt_networks(monkeypatch, 0.6)
+    console = Console(file=io.StringIO(), width=100)
+    result = run.run(settings(tmp_path), console)
+    assert result.covariance.networks.paths == 20
+    assert (result.training.stopped, result.training.steps) == ("interrupt", 0)
+    reader = Reader((tmp_path / run.PAGE).read_text(encoding="utf-8"))
+    words = "".join(reader.words)
+    assert "20 of 40 networks" in words
+    assert "Interrupted before training" in words
+    assert "Neither was trained" in words
+    assert "lower loss" not in words
+    assert "demo --steps 40 --seed 0" in words  # --steps 0 would be refused
+    metrics = json.loads((tmp_path / run.METRICS).read_text())
+    assert metrics["covariance"]["networks"]["paths"] == 20
+    assert metrics["covariance"]["is_complete"] is False
+    assert "20 of 40 networks" in " ".join(console.file.getvalue().split())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_ends_the_demo(tmp_path, monkeypatch):
+    interrupt_networks(monkeypatch, 0.6)
+    load = data.load_corpus
+
+    def press(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return load(*args)
+
+    monkeypatch.setattr(data, "load_corpus", press)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(settings(tmp_path), Console(file=io.StringIO()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_gets_less_time_if_the_networks_take_long(tmp_path, monkeypatch):
+    measure, train, clock = covariance.measure, training.train, run.time.perf_counter
+    lost, seen = 50.0, {}
+
+    def slow(*args, **options):
+        seen["threads"] = torch.get_num_threads()
+        result = measure(*args, **options)
+        now = SimpleNamespace(perf_counter=lambda: clock() + lost)
+        monkeypatch.setattr(run, "time", now)
+        return result
+
+    def observed(*args, **options):
+        seen["time_limit"] = options["time_limit"]
+        torch.set_num_threads(1)  # many are slow on a busy machine
+        return train(*args, **options)
+
+    monkeypatch.setattr(covariance, "measure", slow)
+    monkeypatch.setattr(training, "train", observed)
+    monkeypatch.setattr(training, "calibrate", lambda *_: training.Calibration(1e3, 0.0))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        begin = clock()
+        run.run(settings(tmp_path, steps=None, seconds=30.0), Console(file=io.StringIO()))
+        whole = clock() - begin
+    finally:
+        torch.set_num_threads(threads)
+    most = 30.0 + run.OVERHEAD_SECONDS - run.AFTER_TRAINING_SECONDS - lost
+    assert most - whole <= seen["time_limit"] <= most
+    assert seen["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("agrees", "words"),
+    [
+        (True, "no difference found"),
+        (False, "they differ"),
+        (None, "too few networks to compare"),
+    ],
+)
+def test_the_console_says_what_the_comparison_found(finished, monkeypatch, agrees, words):
+    result = finished[0].covariance
+    monkeypatch.setattr(covariance.CovarianceResult, "agrees", agrees)
+    line, plain = run._covariance_lines(result)
+    assert line.endswith(words)
+    largest = result.comparison.largest
+    assert f"{format_number(largest.ks)} ({largest.name})" in line
+    assert f"{format_number(result.distance_from_one('plain')[1])}, with shaped" in plain
+
+
 @pytest.fixture
 def tiny_command(monkeypatch):
     monkeypatch.setattr(run, "preset", lambda device: (TINY_MODEL, TINY_TRAINING))
+    monkeypatch.setattr(run, "Settings", partial(run.Settings, covariance=TINY_COVARIANCE))
     monkeypatch.setattr(cli, "_default_impls", lambda device: ("torch",))
     monkeypatch.setattr(fidelity, "default_length", lambda impl, device: 16)
 
@@ -511,7 +624,8 @@ def test_the_command_runs_from_end_to_end(tiny_command, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert (output / run.PAGE).stat().st_size > 20_000
-    assert json.loads((output / run.METRICS).read_text())["training"]["seed"] == 7
+    metrics = json.loads((output / run.METRICS).read_text())
+    assert metrics["training"]["seed"] == metrics["covariance"]["settings"]["seed"] == 7
     assert "Validation loss after 4 steps: shaped" in result.stdout
     assert str(output / run.PAGE) in result.stdout.replace("\n", "")
 

@@ -440,6 +440,22 @@ def test_frozen_networks_do_not_hold_up_the_others():
     assert values.min() >= 1e-2 * (1 - 1e-6) and values.max() <= 50 * (1 + 1e-6)
 
 
+def test_all_networks_may_be_frozen():
+    """An empty batch was once run through the block, which failed."""
+    network = FiniteNetwork(width=16, depth=16, center_gain=0.0)
+    seen = []
+    sample = network.sample(
+        equicorrelated(4, 0.2),
+        8,
+        generator(),
+        eigenvalue_range=(1e-4, 10.0),
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert sample.exploded.all() and sample.stop_times.max() < 1
+    assert torch.equal(sample.covariances[-1], sample.covariances[-2])
+    assert seen[-1] == (128, 128)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -463,6 +479,7 @@ def test_settings_are_checked(change, message):
         ({"v0": -torch.eye(2, dtype=DTYPE)}, "v0 must be positive semidefinite"),
         ({"networks": 0}, "networks must be at least 1"),
         ({"method": "exact"}, "method must be one of"),
+        ({"generator": 0}, "generator must be a torch.Generator"),
         ({"dtype": torch.int32}, "dtype must be a floating dtype"),
         ({"v0": torch.eye(9, dtype=DTYPE)}, "width must be at least the number of tokens, 9"),
         ({"v0": torch.eye(5, dtype=DTYPE), "method": "chain"}, "width must be at least 10"),

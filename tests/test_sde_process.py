@@ -164,8 +164,8 @@ class TestEulerMaruyamaNoise:
         given_noise = torch.randn(4, 3, 3, dtype=torch.float64)
         given_noise = given_noise + given_noise.mT
         monkeypatch.setattr(EulerMaruyama, "noise", lambda self, v, factor: given_noise)
-        moved = EulerMaruyama(sde, v[0], 2.0**-10, None).step(v, 0)
-        expected = v + 2.0**-10 * sde.drift(v) + 2.0**-5 * given_noise
+        moved = EulerMaruyama(sde, v[0], 2.0**-16, None).step(v, 0)
+        expected = v + 2.0**-16 * sde.drift(v) + 2.0**-8 * given_noise
         torch.testing.assert_close(moved, expected, rtol=0, atol=64 * 2**-52 * float(v.max()))
 
     def test_projection(self):
@@ -520,7 +520,7 @@ class TestLaw:
             )
             for seed, tau0 in enumerate((2.0, 0.5, 2.0))
         )
-        assert self.worst(first, second) > 2 and self.worst(first, same) < 1
+        assert self.worst(first, second) > 1.2 and self.worst(first, same) < 1
 
     @staticmethod
     def check_normal(values, mean, variance):

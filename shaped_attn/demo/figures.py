@@ -24,7 +24,10 @@ POSITIVE_RGB, NEGATIVE_RGB = (31, 119, 205), (214, 69, 65)
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. ``color`` is the name of a variable of the style sheet."""
+    """A curve. ``color`` is the name of a variable of the style sheet.
+
+    With ``joined=False`` its points are markers alone.
+    """
 
     points: Sequence[tuple[float, float]]
     color: str
@@ -32,6 +35,16 @@ class Line:
     opacity: float = 1.0
     dashed: bool = False
     markers: bool = False
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Band:
+    """The area between two curves, given as (x, lower y, upper y)."""
+
+    points: Sequence[tuple[float, float, float]]
+    color: str
+    opacity: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -50,13 +63,19 @@ def line_chart(
     x_label: str,
     y_label: str,
     levels: Sequence[Level] = (),
+    bands: Sequence[Band] = (),
     x_log: bool = False,
     y_log: bool = False,
     y_range: tuple[float, float] | None = None,
 ) -> str:
-    """Draw lines over common axes as one ``<svg>`` element; ``title`` is its accessible name."""
+    """Draw lines over common axes as one ``<svg>`` element; ``title`` is its accessible name.
+
+    Bands lie below all lines.
+    """
     xs = [x for line in lines for x, _ in line.points]
+    xs += [x for band in bands for x, _, _ in band.points]
     ys = [y for line in lines for _, y in line.points] + [level.value for level in levels]
+    ys += [y for band in bands for _, *edges in band.points for y in edges]
     ys = [y for y in ys if math.isfinite(y)] or [0.5, 1.0]  # a run may have diverged at once
     x_axis = _Axis(min(xs), max(xs), x_log, _LEFT, _WIDTH - _RIGHT)
     low, high = y_range or _padded(min(ys), max(ys), y_log)
@@ -84,6 +103,7 @@ def line_chart(
         f'<text transform="translate(14 {middle_y}) rotate(-90)" text-anchor="middle">'
         f"{html.escape(y_label)}</text>"
     )
+    parts.extend(_draw_band(band, x_axis, y_axis, low, high) for band in bands)
     for level in levels:
         if low <= level.value <= high:
             y = y_axis(level.value)
@@ -106,17 +126,30 @@ def _draw(line: Line, x_axis: _Axis, y_axis: _Axis, low: float, high: float) -> 
     ]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dash = ' stroke-dasharray="6 5"' if line.dashed else ""
-    drawn = (
-        f'<polyline points="{path}" fill="none" stroke="var(--{line.color})" '
-        f'stroke-width="{line.width}" stroke-opacity="{line.opacity}" '
-        f'stroke-linejoin="round"{dash}/>'
-    )
-    if line.markers:
+    drawn = ""
+    if line.joined:
+        drawn = (
+            f'<polyline points="{path}" fill="none" stroke="var(--{line.color})" '
+            f'stroke-width="{line.width}" stroke-opacity="{line.opacity}" '
+            f'stroke-linejoin="round"{dash}/>'
+        )
+    if line.markers or not line.joined:
         drawn += "".join(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="var(--{line.color})"/>'
             for x, y in points
         )
     return drawn
+
+
+def _draw_band(band: Band, x_axis: _Axis, y_axis: _Axis, low: float, high: float) -> str:
+    kept = [
+        (x, min(max(lower, low), high), min(max(upper, low), high))
+        for x, lower, upper in band.points
+        if math.isfinite(lower) and math.isfinite(upper)
+    ]
+    outline = [(x, upper) for x, _, upper in kept] + [(x, lower) for x, lower, _ in reversed(kept)]
+    path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in outline)
+    return f'<polygon points="{path}" fill="var(--{band.color})" fill-opacity="{band.opacity}"/>'
 
 
 def _padded(low: float, high: float, is_log: bool) -> tuple[float, float]:

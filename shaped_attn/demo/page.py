@@ -10,7 +10,7 @@ import torch
 
 from ..environment import lines as environment_lines
 from ..fidelity import CENTRED, Measurement, Table, format_error, label, tables
-from . import figures
+from . import covariance_page, figures
 from .result import NAMES, DemoResult
 from .style import CSS
 
@@ -25,6 +25,7 @@ def render(result: DemoResult) -> str:
         _banners(result),
         _cards(result),
         _fidelity(result),
+        covariance_page.section(result.covariance),
         _training(result),
         _maps(result),
         _gains(result),
@@ -60,7 +61,9 @@ def _banners(result: DemoResult) -> str:
     training, failures = result.training, result.fidelity.failures
     done = f"after {training.steps} of {training.planned_steps} steps"
     unfinished = "What follows shows the models as they were, with the learning rate still high."
-    if training.stopped == "interrupt":
+    if training.stopped == "interrupt" and not training.steps:
+        notes.append("Interrupted before training. What follows shows the models as they started.")
+    elif training.stopped == "interrupt":
         notes.append(f"Interrupted {done}. {unfinished}")
     elif training.stopped == "time limit":
         notes.append(f"Stopped by the time limit {done}: the machine became slower. {unfinished}")
@@ -264,7 +267,7 @@ def _training(result: DemoResult) -> str:
     drawn = "".join(f"<figure><b>{name}</b>{svg}</figure>" for name, svg in charts)
     rows = "".join(
         f'<tr><td><b class="{name}">{name}</b></td>'
-        f"<td>{runs[name].train_loss[0] if runs[name].train_loss else math.nan:.3f}</td>"
+        f"<td>{f'{runs[name].train_loss[0]:.3f}' if steps else '–'}</td>"
         f"<td>{result.final_loss(name):.4f}</td>"
         f"<td>{result.final_loss(name) * _NATS_TO_BITS:.3f}</td>"
         f"<td>{sum(p.numel() for p in runs[name].model.parameters()):,}</td>"
@@ -291,6 +294,8 @@ def _verdict(result: DemoResult) -> str:
     difference, error = result.difference()
     steps = result.training.steps
     size = f"{abs(difference):.4f} ± {error:.4f} nats per byte"
+    if not steps:
+        return "Neither was trained: these are the losses at the start."
     if not math.isfinite(difference):
         return f"After {steps} steps a loss is not a number: training diverged."
     if abs(difference) <= 2 * error:
@@ -432,7 +437,8 @@ def _setup(result: DemoResult) -> str:
         ("Device", f"{result.device}, implementation {result.impl}"),
         ("Time", ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())),
     ]
-    reproduce = f"shaped-attn demo --steps {result.training.steps} --seed {training.seed}"
+    steps = result.training.steps or result.training.planned_steps
+    reproduce = f"shaped-attn demo --steps {steps} --seed {training.seed}"
     return f"""<section>
 <h2>How it was made</h2>
 {_pairs(rows)}

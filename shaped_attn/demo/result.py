@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..fidelity import FidelityReport
+from .covariance import CovarianceResult
 from .model import ModelConfig
 from .training import Training, TrainingConfig, paired_difference
 
@@ -20,6 +21,7 @@ class DemoResult:
     """One run of the demo. Losses are in nats per byte."""
 
     fidelity: FidelityReport
+    covariance: CovarianceResult
     corpus: dict[str, Any]
     unigram_loss: float
     bigram_loss: float
@@ -84,5 +86,6 @@ class DemoResult:
             "shaped_minus_plain": {"mean": difference, "standard_error": error},
             "runs": runs,
             "fidelity": self.fidelity.to_dict(),
+            "covariance": self.covariance.to_dict(),
             "environment": self.environment,
         }

@@ -1,4 +1,4 @@
-"""The demo from end to end: check, train, and one page that shows it all."""
+"""The demo from end to end: check, predict and measure, train, and one page that shows it all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from rich.progress import (
 from torch import Tensor
 
 from .. import environment, fidelity
-from . import data, page, training
+from ..interrupt import StopRequest, stop_on_interrupt
+from ..prediction import format_estimate, format_number
+from ..sde import Estimate
+from . import covariance, data, page, training
 from .model import Decoder, ModelConfig
 from .result import NAMES, DemoResult
 
@@ -34,9 +37,10 @@ MAP_LENGTH = 64  # also the head dimension of the identity that is passed as v
 PROMPT = "\n    def "
 SAMPLE_BYTES = 200
 
-# Check, calibration, pictures and samples take less than this on two cores. Where they do not,
-# training gets less time than it was given, so that the whole stays near the sum of the two.
-OVERHEAD_SECONDS, AFTER_TRAINING_SECONDS = 110.0, 20.0
+# Check, networks, calibration, pictures and samples take less than this on two cores; some ten
+# seconds of it are the networks'. Where they do not, training gets less time than it was given, so
+# that the whole stays near the sum of the two.
+OVERHEAD_SECONDS, AFTER_TRAINING_SECONDS = 120.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Settings:
     steps: int | None = None
     model: ModelConfig = ModelConfig()
     training: training.TrainingConfig = training.TrainingConfig()
+    covariance: covariance.CovarianceConfig = covariance.CovarianceConfig()
     corpus_root: Path | None = None
     corpus_bytes: int = 6_000_000
     logit_stds: Sequence[float] = fidelity.QUICK_LOGIT_STDS
@@ -69,8 +74,8 @@ def preset(device: torch.device) -> tuple[ModelConfig, training.TrainingConfig]:
 def run(settings: Settings, console: Console) -> DemoResult:
     """Run the demo and write its page and metrics into ``settings.output``.
 
-    Ctrl-C during training ends it after the current step; the page then shows the models as they
-    are, and ``result.training.stopped`` is "interrupt".
+    Ctrl-C from the networks to the end of training ends them, and training after the current step;
+    the page then shows what there is, and ``result.training.stopped`` is "interrupt".
 
     Raises:
         FileNotFoundError: there is no source to train on.
@@ -84,47 +89,52 @@ def run(settings: Settings, console: Console) -> DemoResult:
     report = _check(settings, console)
     seconds["check"] = time.perf_counter() - start
 
-    corpus = data.load_corpus(settings.corpus_root, settings.corpus_bytes)
-    unigram, bigram = data.unigram_entropy(corpus), data.bigram_entropy(corpus)
-    summary = corpus.summary()
-    console.print(
-        f"\n[bold]Text[/]      {summary['source']}: {summary['train_bytes']:,} bytes to train on, "
-        f"{summary['validation_bytes']:,} of other files to validate"
-    )
-    console.print(
-        f"          byte frequencies alone give {unigram:.3f} nats per byte, byte pairs "
-        f"{bigram:.3f}"
-    )
+    with stop_on_interrupt() as stop:
+        measured = _covariance(settings, stop, console)
+        seconds["covariance"] = measured.seconds
 
-    configs = {name: replace(settings.model, attention=name) for name in NAMES}
-    start = time.perf_counter()
-    steps, time_limit = settings.steps, None
-    if steps is None:
-        calibration = training.calibrate(configs, corpus, settings.training, device)
-        time_limit = settings.seconds + OVERHEAD_SECONDS - AFTER_TRAINING_SECONDS
-        time_limit -= time.perf_counter() - begin
-        budget = min(settings.seconds, 0.8 * time_limit)
-        steps = calibration.steps(budget, settings.training.evaluations)
-    models = {
-        name: training.build(config, settings.training.seed, device)
-        for name, config in configs.items()
-    }
-    map_tokens = _map_tokens(corpus)
-    maps_before = _maps(models, map_tokens, device)
-    seconds["preparation"] = time.perf_counter() - start
+        corpus = data.load_corpus(settings.corpus_root, settings.corpus_bytes)
+        unigram, bigram = data.unigram_entropy(corpus), data.bigram_entropy(corpus)
+        summary = corpus.summary()
+        console.print(
+            f"\n[bold]Text[/]      {summary['source']}: {summary['train_bytes']:,} bytes to train "
+            f"on, {summary['validation_bytes']:,} of other files to validate"
+        )
+        console.print(
+            f"          byte frequencies alone give {unigram:.3f} nats per byte, byte pairs "
+            f"{bigram:.3f}"
+        )
 
-    start = time.perf_counter()
-    parameters = sum(p.numel() for p in models["plain"].parameters())
-    console.print(
-        f"[bold]Training[/]  two decoders of {parameters:,} parameters, {steps} steps each, on "
-        f"{device}"
-    )
-    trained = _train(models, corpus, settings, steps, time_limit, console)
-    seconds["training"] = time.perf_counter() - start
+        configs = {name: replace(settings.model, attention=name) for name in NAMES}
+        start = time.perf_counter()
+        steps, time_limit = settings.steps, None
+        if steps is None:
+            calibration = training.calibrate(configs, corpus, settings.training, device)
+            time_limit = settings.seconds + OVERHEAD_SECONDS - AFTER_TRAINING_SECONDS
+            time_limit -= time.perf_counter() - begin
+            budget = min(settings.seconds, 0.8 * time_limit)
+            steps = calibration.steps(budget, settings.training.evaluations)
+        models = {
+            name: training.build(config, settings.training.seed, device)
+            for name, config in configs.items()
+        }
+        map_tokens = _map_tokens(corpus)
+        maps_before = _maps(models, map_tokens, device)
+        seconds["preparation"] = time.perf_counter() - start
+
+        start = time.perf_counter()
+        parameters = sum(p.numel() for p in models["plain"].parameters())
+        console.print(
+            f"[bold]Training[/]  two decoders of {parameters:,} parameters, {steps} steps each, on "
+            f"{device}"
+        )
+        trained = _train(models, corpus, settings, steps, time_limit, stop, console)
+        seconds["training"] = time.perf_counter() - start
 
     start = time.perf_counter()
     result = DemoResult(
         fidelity=report,
+        covariance=measured,
         corpus=summary,
         unigram_loss=unigram,
         bigram_loss=bigram,
@@ -208,26 +218,87 @@ def _check(settings: Settings, console: Console) -> fidelity.FidelityReport:
         )
 
 
+def _covariance(
+    settings: Settings, stop: StopRequest, console: Console
+) -> covariance.CovarianceResult:
+    with (
+        # As for the check: two threads wait for each other between operators of microseconds.
+        _one_thread(),
+        Progress(
+            TextColumn("[bold]Networks[/] "),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+        ) as progress,
+    ):
+        task = progress.add_task("prediction", total=None)
+
+        def show(phase: str, done: int, total: int) -> None:
+            progress.update(task, description=phase, completed=done, total=total)
+
+        result = covariance.measure(
+            settings.covariance,
+            device=settings.device,
+            seed=settings.training.seed,
+            on_progress=show,
+            stop=lambda: stop.is_set,
+        )
+    for line in _covariance_lines(result):
+        console.print(f"          {line}", soft_wrap=True)
+    return result
+
+
+def _covariance_lines(result: covariance.CovarianceResult) -> list[str]:
+    """Prediction and networks in one sentence, and what plain attention does in another."""
+    if result.comparison is None:
+        return ["interrupted before the first networks were finished"]
+    config, found = result.config, result.comparison
+    correlation = found.statistics[covariance.CORRELATION]
+    middle = found.quantile_levels.index(0.5)
+    medians = [
+        format_estimate(Estimate(values[middle], errors[middle]))
+        for values, errors in zip(correlation.quantiles, correlation.quantile_errors, strict=True)
+    ]
+    verdict = {
+        None: "too few networks to compare",
+        True: "no difference found",
+        False: "they differ",
+    }[result.agrees]
+    partly = "" if result.networks.is_complete else f" of {result.networks.requested}"
+    lines = [
+        f"width {config.width}, depth {config.depth}: median correlation of two tokens "
+        f"{medians[0]} predicted, {medians[1]} in {result.networks.paths}{partly} networks; "
+        f"largest KS {format_number(found.largest.ks)} ({found.largest.name}), critical "
+        f"{format_number(found.critical)}: {verdict}"
+    ]
+    plain, shaped = result.distance_from_one("plain"), result.distance_from_one("networks")
+    if plain is not None:
+        lines.append(
+            f"with plain attention the median of 1 - correlation is {format_number(plain[1])}, "
+            f"with shaped {format_number(shaped[1])}"
+        )
+    return lines
+
+
 def _train(
     models: dict[str, Decoder],
     corpus: data.Corpus,
     settings: Settings,
     steps: int,
     time_limit: float | None,
+    stop: StopRequest,
     console: Console,
 ) -> training.Training:
-    with (
-        training.stop_on_interrupt() as stop,
-        Progress(
-            TextColumn("          "),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        ) as progress,
-    ):
+    with Progress(
+        TextColumn("          "),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
         task = progress.add_task("", total=steps)
 
         def show(state: training.Progress) -> None:

@@ -24,6 +24,7 @@ p, ul { max-width: 46rem; margin: .6rem 0; }
 ul { padding-left: 1.2rem; }
 .soft, figcaption, .note { color: var(--soft); }
 .note, figcaption { font-size: .9rem; max-width: 46rem; }
+sub, sup { line-height: 0; }
 code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 code { font-size: .9em; }
 .formula {
@@ -56,6 +57,14 @@ figure > b { font-size: .95rem; }
   display: inline-block; width: 1.5rem; height: 0; border-top: 3px solid; margin-right: .45rem;
   vertical-align: .28em;
 }
+.legend .band { position: relative; height: .8rem; border: 0; vertical-align: -.12em; }
+.legend .band::before, .legend .band::after {
+  content: ""; position: absolute; inset: 0; background: currentColor;
+}
+.legend .band::before { opacity: .2; }
+.legend .band::after { inset: calc(50% - 1px) 0; }
+.legend .dots { border-top: 6px dotted; vertical-align: .1em; }
+.ink { color: var(--ink); }
 .shaped { color: var(--shaped); } .plain { color: var(--plain); }
 .dashed { border-top-style: dashed !important; }
 .scroll { overflow-x: auto; margin: .6rem 0; }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ..interrupt import StopRequest
 from .data import Corpus, fixed_windows, sample_batch
 from .model import Decoder, ModelConfig
 
@@ -80,30 +80,6 @@ class Progress:
     planned_steps: int
     train_loss: dict[str, float]
     validation: dict[str, float] | None
-
-
-class StopRequest:
-    """Set by the first Ctrl-C; the second one raises KeyboardInterrupt as usual."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-
-
-@contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[StopRequest]:
-    """Turn the first SIGINT into a request, so that no model stops in the middle of a step."""
-    request = StopRequest()
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handle(signum, frame):
-        request.is_set = True
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def build(config: ModelConfig, seed: int, device: torch.device) -> Decoder:

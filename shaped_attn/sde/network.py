@@ -12,7 +12,7 @@ from ..nn import Projection, ShapedBlock
 from ..validation import fail
 from .chain import WidthChain, normal, root_of
 from .paths import EIGENVALUE_RANGE, OnProgress, Stop, run
-from .process import check_start
+from .process import check_generator, check_start
 from .sample import CovarianceSample
 from .settings import BlockSettings, check_count, check_positive
 
@@ -23,7 +23,7 @@ _WEIGHT_BYTES = 2**26  # of one layer of all networks that run at a time
 _CHAIN_PATHS = 1024
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FiniteNetwork(BlockSettings):
     """Networks of `BlockSettings` with a width and a depth, at initialisation.
 
@@ -183,8 +183,15 @@ class FiniteNetwork(BlockSettings):
         """
         check_start(v0, eigenvalue_range)
         check_count("networks", networks)
+        check_generator(generator, v0)
         if method not in METHODS:
-            fail(ValueError, "method", f"must be one of {METHODS}", repr(method), "")
+            fail(
+                ValueError,
+                "method",
+                f"must be one of {METHODS}",
+                repr(method),
+                'The default is "network".',
+            )
         if method == "chain":
             simulation = self._chain(v0, generator)
             chunk = _CHAIN_PATHS if chunk is None else chunk

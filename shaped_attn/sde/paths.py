@@ -77,19 +77,20 @@ def run(
         for index in range(steps):
             if stop is not None and stop():
                 break
-            is_all = alive.numel() == count
-            proposal = simulation.step(state if is_all else state[alive], index)
-            proposed = simulation.covariance(proposal)
-            is_inside, is_above = locate(proposed, low, high)
-            left = alive[~is_inside]
-            if is_all and left.numel() == 0:
-                state, current = proposal, proposed
-            else:
-                stop_times[left] = (index + 1) / steps * time
-                exploded[left] = is_above[~is_inside]
-                alive = alive[is_inside]
-                state = state.index_copy(0, alive, proposal[is_inside])
-                current = current.index_copy(0, alive, proposed[is_inside])
+            if alive.numel() > 0:
+                is_all = alive.numel() == count
+                proposal = simulation.step(state if is_all else state[alive], index)
+                proposed = simulation.covariance(proposal)
+                is_inside, is_above = locate(proposed, low, high)
+                left = alive[~is_inside]
+                if is_all and left.numel() == 0:
+                    state, current = proposal, proposed
+                else:
+                    stop_times[left] = (index + 1) / steps * time
+                    exploded[left] = is_above[~is_inside]
+                    alive = alive[is_inside]
+                    state = state.index_copy(0, alive, proposal[is_inside])
+                    current = current.index_copy(0, alive, proposed[is_inside])
             if index + 1 in recorded:
                 found.append(current)
             if on_progress is not None:

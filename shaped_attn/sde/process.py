@@ -41,7 +41,7 @@ class Coefficients(NamedTuple):
     noise_scale: float  # gam^2 / (tau0 sqrt(H))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class CovarianceSDE(BlockSettings):
     """The law of V = X X^T / n when depth and width grow at a fixed ratio.
 
@@ -219,12 +219,15 @@ class CovarianceSDE(BlockSettings):
                 all arithmetic.
             time: the last time, depth / width. Default 1.0.
             paths: number of paths. Default 4096.
-            steps: steps per unit of time. Default 256. The number of steps is rounded up.
+            steps: steps per unit of time. Default 256. The number of steps is rounded up. Medians
+                need few; how many paths stop depends on it, since coarse steps of the chain miss
+                some blow-ups and those of Euler-Maruyama invent some.
             generator: of the draws, on the device of v0. Default None: torch's own.
             integrator: "chain", the chain (48) at the width 1/dt = steps, which keeps V positive
                 semidefinite and needs steps >= 2m; or "euler_maruyama" (41), the scheme of the
                 paper, which wants smaller steps. Default "chain".
-            snapshots: number of times to record, V0 and the last among them. Default 33.
+            snapshots: number of times to record, V0 and the last among them. Default 33. They hold
+                snapshots * paths * m^2 numbers.
             eigenvalue_range: a path is frozen before the step that takes an eigenvalue of V out of
                 it, as in the paper. Default (1e-4, 1e4). A lower end of 0 puts no bound there.
             chunk: number of paths to run at a time. Default 4096.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class ZeroLogitAttention(NamedTuple):
     mass: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BlockSettings:
     """One block: attention, then an MLP, each mixed with its skip path.
 
@@ -97,8 +97,8 @@ class BlockSettings:
     is_causal: bool = False
     key_start: int | None = None
     key_end: int | None = None
-    attn_mask: Tensor | None = field(default=None, compare=False)
-    prior: Tensor | None = field(default=None, compare=False)
+    attn_mask: Tensor | None = None
+    prior: Tensor | None = None
     attention: bool = True
     mlp: bool = True
     mlp_ratio: float = 1.0
