@@ -116,7 +116,7 @@ def test_every_flag_reaches_the_process():
         "c_plus": 0.1,
         "c_minus": -0.6,
     }
-    assert settings.sde() == CovarianceSDE(width=24, **block)
+    assert settings.sde().to_dict() == CovarianceSDE(width=24, **block).to_dict()
     assert settings.network() == FiniteNetwork(width=24, depth=6, head_dim=3, **block)
     assert settings.time == 0.25
     torch.testing.assert_close(settings.start(), equicorrelated(5, 0.3, 2.0))

@@ -167,6 +167,15 @@ def test_wishart_moments(degrees):
     assert ((variance / expected - 1).abs() < 0.06).all()
 
 
+def test_wishart_factor_after_columns():
+    wide = wishart_factor((40000, 3, 3), 7, V0, generator(), columns=2)
+    assert torch.equal(wide[..., 2:], wide[..., 2:].tril())
+    for part, degrees in ((wide[..., :2], 2), (wide, 9)):
+        variance = (part @ part.mT).var(0)
+        assert ((variance / (degrees * (1 + torch.eye(3, dtype=DTYPE))) - 1).abs() < 0.08).all()
+    assert wishart_factor((5, 1, 1), 4, V0, generator()).shape == (5, 1, 1)
+
+
 def test_narrow_gaussian_factor_is_the_gaussian_itself():
     assert gaussian_factor((5, 3, 3), 2, V0, generator()).shape == (5, 3, 2)
     assert gaussian_factor((5, 3, 3), 3, V0, generator()).shape == (5, 3, 3)
@@ -191,9 +200,9 @@ def test_lower_factor(spread):
     """Also where the Gram matrix has lost the smaller directions, or all of them."""
     scale = torch.logspace(0, -spread, 4, dtype=DTYPE)[:, None]
     first, second = (scale * draw(50, 4, r, source=generator(r)) for r in (4, 3))
-    factor = lower_factor(first, second)
-    assert torch.equal(factor, factor.tril())
     wide = torch.cat((first, second), dim=-1)
+    factor = lower_factor(wide)
+    assert torch.equal(factor, factor.tril())
     # Orthonormal rows of L^-1 F show that no direction was lost.
     rows = torch.linalg.solve_triangular(factor, wide, upper=False)
     identity = torch.eye(4, dtype=DTYPE).expand(50, 4, 4)

@@ -27,26 +27,39 @@ def normal(sizes: Sequence[int], like: Tensor, generator: torch.Generator | None
     uniform = torch.rand(2, -(-count // 2), **options)
     radius = uniform[0].neg_().log1p_().mul_(-2).sqrt_()
     angle = uniform[1].mul_(2 * math.pi)
-    return (
-        torch.stack((angle.cos().mul_(radius), angle.sin_().mul_(radius)))
-        .view(-1)[:count]
-        .view(*sizes)
-    )
+    drawn = torch.empty_like(uniform)
+    torch.mul(angle.cos(), radius, out=drawn[0])
+    torch.mul(angle.sin_(), radius, out=drawn[1])
+    return drawn.view(-1)[:count].view(*sizes)
 
 
 def wishart_factor(
-    sizes: Sequence[int], degrees: float, like: Tensor, generator: torch.Generator | None
+    sizes: Sequence[int],
+    degrees: float,
+    like: Tensor,
+    generator: torch.Generator | None,
+    *,
+    columns: int = 0,
 ) -> Tensor:
     """Draw lower triangular T with T T^T ~ Wishart_m(degrees), by Bartlett's decomposition.
 
     ``sizes`` is (..., m, m); ``degrees`` is at least m and need not be whole. Below the diagonal
-    are N(0, 1), on it the root of chi^2 with degrees, degrees - 1, ... degrees of freedom.
+    are N(0, 1), on it the root of chi^2 with degrees, degrees - 1, ... degrees of freedom. With
+    ``columns`` it is preceded by as many columns of iid N(0, 1): [G | T].
     """
-    factor = normal(sizes, like, generator).tril_(-1)
-    freedom = degrees - torch.arange(sizes[-1], dtype=like.dtype, device=like.device)
+    *batch, tokens, _ = sizes
+    width = columns + tokens
+    row = torch.arange(tokens, device=like.device)
+    is_normal = torch.arange(width, device=like.device) < row[:, None] + columns
+    is_normal[:, :columns] = True
+    index = is_normal.flatten().nonzero().squeeze(1)
+    factor = torch.zeros(*batch, tokens * width, dtype=like.dtype, device=like.device)
+    factor.index_copy_(-1, index, normal((*batch, len(index)), like, generator))
+    factor = factor.view(*batch, tokens, width)
+    freedom = (degrees - row.to(like)) / 2
     # torch.distributions takes no generator.
-    chi2 = 2 * torch._standard_gamma((freedom / 2).expand(sizes[:-1]).contiguous(), generator)
-    factor.diagonal(dim1=-2, dim2=-1).copy_(chi2.sqrt())
+    chi2 = 2 * torch._standard_gamma(freedom.expand(*batch, tokens).contiguous(), generator)
+    factor[..., columns:].diagonal(dim1=-2, dim2=-1).copy_(chi2.sqrt())
     return factor
 
 
@@ -59,17 +72,14 @@ def gaussian_factor(
     return wishart_factor(sizes, columns, like, generator)
 
 
-def lower_factor(*parts: Tensor) -> Tensor:
-    """Return a square lower triangular L with L L^T = sum_i F_i F_i^T, for F_i (..., m, r_i).
+def lower_factor(wide: Tensor) -> Tensor:
+    """Return a square lower triangular L with L L^T = F F^T, for F (..., m, r), r >= m.
 
-    Through the Gram matrix, which is fast; where that is too close to singular for it, by QR of all
-    the columns, at least m.
+    Through the Gram matrix, which is fast; where that is too close to singular for it, by QR.
     """
-    shape = (*parts[0].shape[:-1], parts[0].shape[-2])
-    parts = [part.flatten(0, -3) for part in parts]
-    gram = parts[0] @ parts[0].mT
-    for part in parts[1:]:
-        gram = torch.baddbmm(gram, part, part.mT)
+    shape = (*wide.shape[:-1], wide.shape[-2])
+    wide = wide.flatten(0, -3)
+    gram = wide @ wide.mT
     factor, info = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     # Forming the Gram matrix loses the square of the ratio of the pivots.
@@ -77,8 +87,8 @@ def lower_factor(*parts: Tensor) -> Tensor:
     is_bad = (info != 0) | ~(pivots.amin(-1) > least * pivots.amax(-1))
     if is_bad.any():
         is_finite = gram[is_bad].isfinite().flatten(1).all(1)[:, None, None]
-        wide = torch.cat([part[is_bad] for part in parts], dim=-1)
-        precise = torch.linalg.qr(torch.where(is_finite, wide, 0).mT, mode="r").R.mT
+        usable = torch.where(is_finite, wide[is_bad], 0)
+        precise = torch.linalg.qr(usable.mT, mode="r").R.mT
         factor[is_bad] = torch.where(is_finite, precise, torch.nan)
     return factor.view(shape)
 
@@ -136,15 +146,14 @@ def branch_step(
         generator: of the draws.
         is_rotation: whether the branch ends in an orthogonal matrix.
     """
-    along = normal(skip.shape, skip, generator)  # W on the row space of the skip input
-    across = wishart_factor(skip.shape, width - skip.shape[-1], skip, generator)
+    tokens = skip.shape[-1]
+    # W on the row space of the skip input, and across it.
+    w = wishart_factor(skip.shape, width - tokens, skip, generator, columns=tokens)
     if is_rotation:
-        frame = lower_factor(along / math.sqrt(width), across / math.sqrt(width))
-        along, across = (
-            torch.linalg.solve_triangular(frame, part, upper=False) for part in (along, across)
-        )
-    root = (branch_gain / math.sqrt(width)) * root
-    return lower_factor(skip_gain * skip + root @ along, root @ across)
+        w = torch.linalg.solve_triangular(lower_factor(w / math.sqrt(width)), w, upper=False)
+    mixed = (branch_gain / math.sqrt(width) * root) @ w  # (..., m, 2m)
+    mixed[..., :tokens].add_(skip, alpha=skip_gain)
+    return lower_factor(mixed)
 
 
 class WidthChain:
