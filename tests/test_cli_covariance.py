@@ -117,7 +117,8 @@ def test_every_flag_reaches_the_process():
         "c_minus": -0.6,
     }
     assert settings.sde().to_dict() == CovarianceSDE(width=24, **block).to_dict()
-    assert settings.network() == FiniteNetwork(width=24, depth=6, head_dim=3, **block)
+    expected = FiniteNetwork(width=24, depth=6, head_dim=3, **block)
+    assert settings.network().to_dict() == expected.to_dict()
     assert settings.time == 0.25
     torch.testing.assert_close(settings.start(), equicorrelated(5, 0.3, 2.0))
     assert make_settings({}, {"finite_width": False}).sde().width is None
