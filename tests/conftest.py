@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -7,6 +8,9 @@ from hypothesis import settings
 # The same examples in every run: a failure points at the change, not at the draw.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+# A shell lets its background jobs ignore Ctrl-C, and Python keeps that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton reads this once, when a kernel is first defined.
 if not torch.cuda.is_available():
