@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from shaped_attn.nn import (
     Projection,
@@ -771,19 +772,18 @@ def test_docstring_examples(module):
 
 @pytest.mark.parametrize("options", EVERYTHING)
 def test_state_survives_safetensors(options, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
     model = build(**options)
     if model.config.gain_scheme == "recover":
         anneal_gains(model, 0.25)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     path = tmp_path / "model.safetensors"
-    safetensors.save_file(model.state_dict(), path)
+    save_file(model.state_dict(), path)
     (tmp_path / "config.json").write_text(model.config.to_json())
 
     saved = ShapedTransformerConfig.from_json((tmp_path / "config.json").read_text())
     other = ShapedTransformer(saved, dtype=torch.float64)
-    other.load_state_dict(safetensors.load_file(path), strict=True)
+    other.load_state_dict(load_file(path), strict=True)
     tokens = torch.randint(11, (2, 6))
     assert torch.equal(other(tokens).logits, model(tokens).logits)
     gains, expected = (m.blocks[1].attention.gains() for m in (other, model))

@@ -76,17 +76,6 @@ class TestHeadGains:
         assert found.dtype == torch.float32 and found.tolist() == [1.5, 1.5, 1.5]
         assert settings.head_gains("center_gain", like).tolist() == [0.5, 1.0, 2.0]
 
-    @pytest.mark.parametrize(
-        ("gains", "has_one"),
-        [
-            ({}, True),
-            ({"softmax_gain": (1.0, 1.0)}, False),
-            ({"center_gain": (1.0, 0.5)}, False),
-        ],
-    )
-    def test_has_one_gain(self, gains, has_one):
-        assert BlockSettings(heads=2, **gains).has_one_gain is has_one
-
     def test_tensors(self):
         gains = torch.tensor([0.5, 2.0])
         settings = BlockSettings(heads=2, softmax_gain=gains, center_gain=torch.tensor(0.25))

@@ -220,11 +220,6 @@ class BlockSettings:
                 "Give the attention matrix at zero logits itself, not its logarithm.",
             )
 
-    @property
-    def has_one_gain(self) -> bool:
-        """Whether all heads have the same gains."""
-        return not isinstance(self.softmax_gain, tuple) and not isinstance(self.center_gain, tuple)
-
     def head_gains(self, name: str, like: Tensor) -> Tensor:
         """Return ``softmax_gain`` or ``center_gain`` as (heads,)."""
         gain = getattr(self, name)
