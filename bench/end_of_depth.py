@@ -3,7 +3,8 @@
 ``python bench/end_of_depth.py`` draws every weight of every network and writes one JSON file for
 each case as it is done; cases that have a file are skipped, so that an interrupted run goes on. At
 the default width of 256 it takes an hour or more on one core, ``--head-dim 64`` somewhat less.
-``--save`` keeps the samples too.
+``--samples`` keeps the networks' covariances too, and takes those that are there instead of
+simulating them again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from pathlib import Path
 import torch
 
 from shaped_attn import __version__
-from shaped_attn.sde import CovarianceSDE, FiniteNetwork, compare, equicorrelated
+from shaped_attn.sde import (
+    CovarianceSample,
+    CovarianceSDE,
+    FiniteNetwork,
+    compare,
+    equicorrelated,
+)
 
 CASES = {
     "attention-0.5": {"branch_gain": 0.5, "mlp": False},
@@ -26,7 +33,7 @@ CASES = {
     "block-0.7": {"branch_gain": 0.7},
 }
 TOKENS, CORRELATION, TAU0 = 4, 0.2, 1.0
-SEED = 2306_17759  # fixed before the first run
+NETWORK_SEED, PREDICTION_SEED = 2306_17759, 2302_10322  # fixed before the first run
 
 # What the networks are compared with: integrator, steps per unit of time.
 PREDICTIONS = {
@@ -36,13 +43,18 @@ PREDICTIONS = {
 }
 
 
-def run_case(name: str, arguments: argparse.Namespace) -> dict:
-    settings = {"tau0": TAU0, **CASES[name]}
-    v0 = equicorrelated(TOKENS, CORRELATION)
-    seed = SEED + list(CASES).index(name)
-    network = FiniteNetwork(
-        width=arguments.width, depth=arguments.width, head_dim=arguments.head_dim, **settings
-    )
+def file_name(name: str, arguments: argparse.Namespace, extension: str) -> str:
+    again = f"-repetition-{arguments.repetition}" if arguments.repetition else ""
+    return f"{name}-{arguments.method}-{arguments.width}{again}.{extension}"
+
+
+def simulate(
+    name: str, network: FiniteNetwork, seed: int, arguments: argparse.Namespace
+) -> CovarianceSample:
+    """Return the networks' covariances, from the folder of samples where they are."""
+    kept = arguments.samples and arguments.samples / file_name(name, arguments, "pt")
+    if kept and kept.exists():
+        return CovarianceSample(**torch.load(kept))
     start = time.perf_counter()
 
     def show(done: int, total: int) -> None:
@@ -50,17 +62,28 @@ def run_case(name: str, arguments: argparse.Namespace) -> dict:
         print(f"\r{name}: {done / total:6.1%} after {passed:6.0f} s", end="", flush=True)
 
     sample = network.sample(
-        v0,
+        equicorrelated(TOKENS, CORRELATION),
         arguments.networks,
         torch.Generator().manual_seed(seed),
         method=arguments.method,
         on_progress=show,
     )
-    seconds = time.perf_counter() - start
     print()
-    if arguments.save:
-        arguments.save.mkdir(parents=True, exist_ok=True)
-        torch.save(vars(sample), arguments.save / f"{name}.pt")
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(vars(sample), kept)
+    return sample
+
+
+def run_case(name: str, arguments: argparse.Namespace) -> dict:
+    settings = {"tau0": TAU0, **CASES[name]}
+    network = FiniteNetwork(
+        width=arguments.width, depth=arguments.width, head_dim=arguments.head_dim, **settings
+    )
+    index = list(CASES).index(name)
+    index += 1000 * arguments.repetition
+    network_seed, prediction_seed = NETWORK_SEED + index, PREDICTION_SEED + index
+    sample = simulate(name, network, network_seed, arguments)
     report = {
         "case": name,
         "settings": settings,
@@ -71,8 +94,8 @@ def run_case(name: str, arguments: argparse.Namespace) -> dict:
         "correlation": CORRELATION,
         "networks": sample.paths,
         "method": arguments.method,
-        "seed": seed,
-        "network_seconds": seconds,
+        "network_seed": network_seed,
+        "prediction_seed": prediction_seed,
         "shaped_attn": __version__,
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -80,11 +103,11 @@ def run_case(name: str, arguments: argparse.Namespace) -> dict:
     }
     for label, (integrator, steps) in PREDICTIONS.items():
         prediction = CovarianceSDE(width=arguments.width, **settings).sample(
-            v0,
+            equicorrelated(TOKENS, CORRELATION),
             1.0,
             arguments.paths,
             steps,
-            torch.Generator().manual_seed(seed),
+            torch.Generator().manual_seed(prediction_seed),
             integrator=integrator,
         )
         comparison = compare(prediction, sample)
@@ -101,12 +124,13 @@ def main() -> None:
     parser.add_argument("--paths", type=int, default=16384)
     parser.add_argument("--method", choices=("network", "chain"), default="network")
     parser.add_argument("--cases", nargs="*", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--repetition", type=int, default=0, help="> 0: with other seeds")
     parser.add_argument("--output", type=Path, default=Path("bench/results/cpu/end_of_depth"))
-    parser.add_argument("--save", type=Path, help="folder for the samples of the networks")
+    parser.add_argument("--samples", type=Path, help="folder for the networks' covariances")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.cases:
-        path = arguments.output / f"{name}-{arguments.method}-{arguments.width}.json"
+        path = arguments.output / file_name(name, arguments, "json")
         if path.exists():
             print(f"{name}: {path} is there")
             continue

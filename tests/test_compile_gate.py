@@ -67,6 +67,25 @@ def test_cases_reach_every_entry_of_the_tables():
                         assert (arch, itemsize, kernel, weighed, width) in reached
 
 
+REGISTER_UNIT = 8  # in which GPUs allocate registers
+
+
+def changes(row, expected):
+    """What differs from a committed row; LLVM's registers vary by a few from machine to machine."""
+    changed = {key: (value, row[key]) for key, value in expected.items() if row[key] != value}
+    if abs(int(row["registers"]) - int(expected["registers"])) <= REGISTER_UNIT:
+        changed.pop("registers", None)
+    return changed
+
+
+def test_changes_of_a_row():
+    row = {key: str(value) for key, value in dataclasses.asdict(GOOD_ROW).items()}
+    assert changes(row, row) == {}
+    assert changes({**row, "registers": "202"}, row) == {}
+    assert changes({**row, "registers": "209"}, row) == {"registers": ("200", "209")}
+    assert changes({**row, "spills": "4"}, row) == {"spills": ("0", "4")}
+
+
 @pytest.mark.slow
 def test_all_configurations_compile_and_the_table_is_current(tmp_path):
     """Compiles in fresh processes: here the kernels may be decorated for the interpreter."""
@@ -86,7 +105,8 @@ def test_all_configurations_compile_and_the_table_is_current(tmp_path):
     assert {row["arch"] for row in rows} == {"80", "90", "100", "gfx942"}
     committed = compile_gate.table_path()
     if committed.exists():
-        assert rows == compile_gate.read_table(committed)
+        expected = compile_gate.read_table(committed)
+        assert [changes(*pair) for pair in zip(rows, expected, strict=True)] == [{}] * len(rows)
     else:
         # The gates above hold for any release; exact registers are recorded for tested ones.
         warnings.warn(f"no committed table for Triton {triton.__version__}", stacklevel=1)

@@ -1,4 +1,7 @@
-"""The covariance of tokens over depth: its SDE, finite networks, and their comparison."""
+"""The covariance of tokens over depth: its SDE, finite networks, and their comparison.
+
+Equation numbers are those of covariance-sde.md in this folder, which derives them.
+"""
 
 from .comparison import Comparison, StatisticComparison, compare
 from .network import FiniteNetwork

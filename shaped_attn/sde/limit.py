@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..validation import fail
-from .chain import ShapedMatrix, branch_step, lower_factor, normal, root_of, wishart_factor
+from .chain import ShapedMatrix, normal, root_of, wishart_factor
 from .moments import mlp_drift
 
 if TYPE_CHECKING:
@@ -20,18 +20,22 @@ if TYPE_CHECKING:
 
 
 class LimitChain:
-    """The chain (48): a network of the small width n' = 1 / dt, reduced to its covariance.
+    """One draw of the logits and one of a Wishart matrix W for each step, (66)::
 
-    V stays positive semidefinite by construction, since a factor of it is what moves. Mean and
-    covariance of a step agree with drift dt and diffusion dt up to a relative O(dt).
+        K = skip_gain^2 V + branch_gain^2 mean_h(A_h V A_h^T)
+        K <- K + branch_gain^2 dt mu_mlp(K)
+        V' = C W C^T,    C C^T = K,    W ~ Wishart_m(nu) / nu,    nu = 1 / (kappa dt)
+
+    A_h is the attention matrix of a network of the width 1 / dt, (5) with normal logits. K is a
+    covariance and W is one, so V stays positive semidefinite. Mean and covariance of a step agree
+    with drift dt and diffusion dt up to a relative O(dt).
     """
 
     def __init__(
         self, sde: CovarianceSDE, v0: Tensor, step: float, generator: torch.Generator | None
     ) -> None:
-        self.sde, self.v0, self.generator = sde, v0, generator
-        self.width = 1 / step
-        self.scale = 1 / (sde.tau0 * math.sqrt(self.width))
+        self.sde, self.v0, self.size, self.generator = sde, v0, step, generator
+        self.logit_scale = math.sqrt(step) / sde.tau0
         softmax_gain = sde.head_gains("softmax_gain", v0)
         self.shaped_matrix = ShapedMatrix(
             sde.zero_logit_attention(v0.shape[-1], v0),
@@ -39,8 +43,8 @@ class LimitChain:
             softmax_gain,
             softmax_gain - sde.detuning.softmax * step,
         )
-        square = sde.skip_gain**2 + sde.detuning.variance * step
-        if square < 0:
+        self.squared_skip_gain = sde.skip_gain**2 + sde.detuning.variance * step
+        if self.squared_skip_gain < 0:
             fail(
                 ValueError,
                 "detuning.variance",
@@ -49,7 +53,6 @@ class LimitChain:
                 f"{sde.detuning.variance:g}",
                 "Give more steps, or a smaller detuning.",
             )
-        self.skip_gain = math.sqrt(square)
 
     def start(self, paths: int) -> Tensor:
         """Return a factor of V0 for each path, (paths, m, m)."""
@@ -61,39 +64,30 @@ class LimitChain:
 
     def step(self, state: Tensor, index: int) -> Tensor:
         """Return the factors after one step."""
-        if self.sde.attention:
-            state = self._branch(state, self._attention(state))
-        return self._branch(state, self._mlp(state)) if self.sde.mlp else state
+        root = root_of(self.mean(state))
+        noise = self.sde.kappa * self.size
+        if noise == 0:
+            return root
+        return root @ wishart_factor(root.shape, 1 / noise, root, self.generator) * noise**0.5
 
-    def _branch(self, state: Tensor, root: Tensor) -> Tensor:
-        return branch_step(
-            state, root, self.skip_gain, self.sde.branch_gain, self.width, self.generator
-        )
-
-    def _attention(self, factor: Tensor) -> Tensor:
-        sde, (paths, tokens) = self.sde, factor.shape[:2]
-        # Only the first two moments of the logits reach the limit, (7): they may be normal.
-        g = normal((paths, sde.heads, tokens, tokens), factor, self.generator)
-        logits = self.scale * factor[:, None] @ g @ factor.mT[:, None]
-        root = self.shaped_matrix(logits) @ factor[:, None]
-        if sde.heads == 1:
-            root = root[:, 0]
-        else:
-            root = lower_factor(root.transpose(1, 2).flatten(2) / math.sqrt(sde.heads))
-        if sde.out_proj == "gaussian":
-            root = root @ self._wishart(factor, self.width)
-        return root
-
-    def _mlp(self, factor: Tensor) -> Tensor:
-        sde = self.sde
-        v = factor @ factor.mT
-        excess = mlp_drift(v, sde.c_plus, sde.c_minus)
-        root = root_of(v + sde.mlp_correction / self.width * excess)  # (27)
-        return root @ self._wishart(factor, sde.mlp_ratio * self.width)
-
-    def _wishart(self, factor: Tensor, degrees: float) -> Tensor:
-        """Draw T with E[T T^T] = I and the fluctuation of ``degrees`` samples."""
-        return wishart_factor(factor.shape, degrees, factor, self.generator) / math.sqrt(degrees)
+    def mean(self, state: Tensor) -> Tensor:
+        """Return K, (paths, m, m): the mean of V' given the logits, which it draws."""
+        sde, v = self.sde, self.covariance(state)
+        square = sde.branch_gain**2
+        if sde.attention:
+            paths, tokens = v.shape[:2]
+            # Only the first two moments of the logits reach the limit, (7): they may be normal.
+            g = normal((paths, sde.heads, tokens, tokens), v, self.generator)
+            logits = self.logit_scale * state[:, None] @ g @ state.mT[:, None]
+            roots = self.shaped_matrix(logits) @ state[:, None]  # (paths, H, m, m)
+            roots = roots.transpose(1, 2).flatten(2)  # (paths, m, H m)
+            v = torch.baddbmm(
+                v, roots, roots.mT, beta=self.squared_skip_gain, alpha=square / sde.heads
+            )
+        if sde.mlp:
+            rise = mlp_drift(v, sde.c_plus, sde.c_minus).mul_(square * sde.mlp_correction)
+            v = v.add(rise.add_(v, alpha=sde.detuning.variance), alpha=self.size)
+        return v
 
 
 class EulerMaruyama:

@@ -51,12 +51,15 @@ def relu_excess(correlation: Tensor, c_plus: float, c_minus: float) -> Tensor:
 
 def mlp_drift(v: Tensor, c_plus: float, c_minus: float) -> Tensor:
     """Return the drift of the MLP for branch gain 1: nu(rho_ij) sqrt(V_ii V_jj), (28)."""
+    i, j = torch.tril_indices(v.shape[-1], v.shape[-1], -1, device=v.device)
     size = v.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    scale = size[..., :, None] * size[..., None, :]
-    rho = torch.where(scale > 0, v / scale.where(scale > 0, 1), 0)
-    drift = relu_excess(rho, c_plus, c_minus) * scale
-    # rho_ii is 1, but not to the last bit.
-    return drift - torch.diag_embed(drift.diagonal(dim1=-2, dim2=-1))
+    scale = size[..., i] * size[..., j]
+    rho = v[..., i, j] / scale.masked_fill(scale == 0, 1)
+    rise = relu_excess(rho, c_plus, c_minus) * scale
+    drift = torch.zeros_like(v)
+    drift[..., i, j] = rise
+    drift[..., j, i] = rise
+    return drift
 
 
 def linear_diffusion(v: Tensor) -> Tensor:

@@ -223,9 +223,9 @@ class CovarianceSDE(BlockSettings):
                 need few; how many paths stop depends on it, since coarse steps of the chain miss
                 some blow-ups and those of Euler-Maruyama invent some.
             generator: of the draws, on the device of v0. Default None: torch's own.
-            integrator: "chain", the chain (48) at the width 1/dt = steps, which keeps V positive
-                semidefinite and needs steps >= 2m; or "euler_maruyama" (41), the scheme of the
-                paper, which wants smaller steps. Default "chain".
+            integrator: "chain" (66), which keeps V positive semidefinite and needs steps >= 2m; or
+                "euler_maruyama" (41), the scheme of the paper, which wants smaller steps. Default
+                "chain".
             snapshots: number of times to record, V0 and the last among them. Default 33. They hold
                 snapshots * paths * m^2 numbers.
             eigenvalue_range: a path is frozen before the step that takes an eigenvalue of V out of
@@ -283,13 +283,11 @@ class CovarianceSDE(BlockSettings):
     def least_steps(self, tokens: int) -> int:
         """Return the fewest steps per unit of time that the chain takes for m tokens.
 
-        A network of that width has to have 2m columns, m hidden units, and for the mean of its MLP
-        to be a covariance at least c_n (c_plus - c_minus)^2 / 4 columns, covariance-sde.md
-        section 8.
+        They are 2m, or more: its Wishart matrix has to have m degrees of freedom, and the mean of
+        its MLP to be a covariance, c_n (c_plus - c_minus)^2 / 4 steps, covariance-sde.md section 8.
         """
-        least = 2.0 * tokens
+        least = max(2.0, self.kappa) * tokens
         if self.mlp:
-            least = max(least, tokens / self.mlp_ratio)
             least = max(least, self.mlp_correction * (self.c_plus - self.c_minus) ** 2 / 4)
         return math.ceil(least)
 
