@@ -136,7 +136,7 @@ def test_every_flag_reaches_the_process():
         ({"depth": 64, "width": 64, "integrator": "euler_maruyama"}, 256),
         ({"depth": 8, "width": 128, "finite_width": False}, 1024),  # 64 in all
         ({"depth": 8, "width": 8, "tokens": 7}, 14),  # what the chain needs
-        ({"depth": 8, "width": 8, "mlp_ratio": 0.25}, 16),
+        ({"depth": 8, "width": 8, "mlp_ratio": 0.05, "branch_gain": 0.9}, 61),  # kappa is 15.05
         ({"steps": 100}, 100),
     ],
 )

@@ -132,7 +132,7 @@ def branch_step(
     *,
     is_rotation: bool = False,
 ) -> Tensor:
-    """Return a factor of the covariance after skip and branch are added, (42) and (48).
+    """Return a factor of the covariance after skip and branch are added, (42).
 
     The skip input has the covariance L L^T. The branch output is R W / sqrt(n) for a matrix W
     (m, n) of iid N(0, 1) entries; with ``is_rotation`` W has orthogonal rows instead, of length

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class LimitChain:
-    """One draw of the logits and one of a Wishart matrix W for each step, (66)::
+    """The chain (66), which draws the logits and one Wishart matrix W for each step.
+
+    The equation::
 
         K = skip_gain^2 V + branch_gain^2 mean_h(A_h V A_h^T)
         K <- K + branch_gain^2 dt mu_mlp(K)
