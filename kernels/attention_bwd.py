@@ -1,10 +1,11 @@
-"""Backward: checks nothing, allocates the gradients and launches three kernels.
+"""Backward: checks nothing, allocates the gradients and launches three kernels, or four.
 
 Every sum has a fixed order and no atomics, so equal inputs give equal bits.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import triton
 from . import launch
 from .attention_fwd import ForwardResult, is_centered
 from .bwd_dkdv import attention_bwd_dkdv_kernel
+from .bwd_dprior import attention_bwd_dprior_kernel
 from .bwd_dq import attention_bwd_dq_kernel
 from .bwd_preprocess import attention_bwd_preprocess_kernel
 from .configs import pick_config
@@ -21,10 +23,10 @@ from .value_sums import value_block_sums
 
 
 class AttentionGradients(NamedTuple):
-    """Gradients in the dtypes of their inputs; residual, gains and scale are None if not asked for.
+    """Gradients in the dtypes of their inputs; the last four are None if not asked for.
 
     gains (5, H) float32: identity, softmax, center, skip and branch gain of each head.
-    scale (H,) float32.
+    scale (H,) float32. prior (H, 5) float32: the table of a geometric prior, for each head.
     """
 
     q: torch.Tensor
@@ -33,6 +35,7 @@ class AttentionGradients(NamedTuple):
     residual: torch.Tensor | None
     gains: torch.Tensor | None
     scale: torch.Tensor | None
+    prior: torch.Tensor | None
 
 
 def _per_head(gain: float | torch.Tensor) -> float | torch.Tensor:
@@ -58,7 +61,8 @@ def attention_bwd(
     needs_gains: bool,
     needs_scale: bool,
     prior: Prior = UNIFORM,
-    prior_parameters: torch.Tensor | None = None,
+    prior_parameters: tuple | None = None,
+    needs_prior: bool = False,
 ) -> AttentionGradients:
     """Launch the backward kernels.
 
@@ -76,26 +80,30 @@ def attention_bwd(
         d_residual = torch.empty((B, H, T, DV), dtype=d_out.dtype, device=device)
     if B == 0 or T == 0 or S == 0:
         return _empty_gradients(
-            d_out, dq, dk, dv, residual, d_residual, gains, needs_gains, needs_scale
+            d_out, dq, dk, dv, residual, d_residual, gains, needs_gains, needs_scale, needs_prior
         )
 
     arch = launch.architecture(q)
     centered = is_centered(gains[2])
-    weighed = attn_mask is not None or not prior.is_uniform
-    preprocess, dkdv, dq_config = (
-        pick_config(kernel, D, DV, q.element_size(), arch, is_weighed=weighed)
-        for kernel in ("preprocess", "dkdv", "dq")
+    weighed_by = launch.weighed_by(attn_mask, prior)
+    weighed = weighed_by is not None
+    preprocess, dkdv, dq_config, dprior = (
+        pick_config(kernel, D, DV, q.element_size(), arch, weighed_by=weighed_by)
+        for kernel in ("preprocess", "dkdv", "dq", "dprior")
     )
     has_identity = isinstance(gains[0], torch.Tensor) or gains[0] != 0.0
     values, gain_strides, gain_is_tensor = launch.gain_arguments(gains)
     row_terms = torch.empty((4, B, H, T), dtype=torch.float32, device=device)
-    gain_dots = scale_dots = None
+    gain_dots = scale_dots = prior_dots = d_table = None
     if needs_gains:
         tiles = triton.cdiv(T, preprocess.block_t)
         gain_dots = torch.empty((4, B, H, tiles), dtype=torch.float32, device=device)
     if needs_scale:
         tiles = triton.cdiv(T, dq_config.block_t)
         scale_dots = torch.empty((B, H, tiles), dtype=torch.float32, device=device)
+    if needs_prior:
+        prior_dots = torch.empty((B, H, T), dtype=torch.float32, device=device)
+        d_table = torch.empty((5, B, H, T), dtype=torch.float32, device=device)
     mask = launch.as_bytes(attn_mask)
     sizes = (
         H,
@@ -113,9 +121,9 @@ def attention_bwd(
     }
     flags = {
         "GAIN_IS_TENSOR": gain_is_tensor,
-        "UNIFORM_PRIOR": prior.is_uniform,
         "DOT_PRECISION": launch.dot_precision(q.dtype, arch, D, DV),
     }
+    tensor_strides = tuple(x.stride() for x in (q, k, v, d_out)) + (launch.strides(attn_mask),)
 
     with launch.on_device(q):
         attention_bwd_preprocess_kernel[(triton.cdiv(T, preprocess.block_t) * B * H,)](
@@ -131,6 +139,7 @@ def attention_bwd(
             key_end,
             row_terms,
             gain_dots,
+            prior_dots,
             d_residual,
             values,
             gain_strides,
@@ -144,6 +153,7 @@ def attention_bwd(
             SUM_BLOCK=preprocess.sum_block,
             HAS_IDENTITY=has_identity,
             CENTERED=centered,
+            UNIFORM_PRIOR=prior.is_uniform,
             WIDE=launch.needs_wide_index(preprocess, v, residual, d_out),
             **flags,
             **launch.launch_options(preprocess),
@@ -162,11 +172,7 @@ def attention_bwd(
             dv,
             values,
             gain_strides,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            d_out.stride(),
-            launch.strides(attn_mask),
+            *tensor_strides,
             *sizes,
             BLOCK_T=dkdv.block_t,
             BLOCK_S=dkdv.block_s,
@@ -174,6 +180,7 @@ def attention_bwd(
             CENTERED=centered,
             ADD_LOG2_PRIOR=prior.add_log2,
             TIMES_PRIOR=prior.times,
+            UNIFORM_PRIOR=prior.is_uniform,
             WIDE=launch.needs_wide_index(dkdv, q, k, v, d_out, attn_mask),
             **head_dims,
             **flags,
@@ -193,23 +200,48 @@ def attention_bwd(
             scale_dots,
             values,
             gain_strides,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            d_out.stride(),
-            launch.strides(attn_mask),
+            *tensor_strides,
             *sizes,
             BLOCK_T=dq_config.block_t,
             BLOCK_S=dq_config.block_s,
             ADD_LOG2_PRIOR=prior.add_log2,
+            UNIFORM_PRIOR=prior.is_uniform,
             WIDE=launch.needs_wide_index(dq_config, q, k, v, d_out, attn_mask),
             **head_dims,
             **flags,
             **launch.launch_options(dq_config),
         )
+        if needs_prior:
+            attention_bwd_dprior_kernel[(triton.cdiv(T, dprior.block_t) * B * H,)](
+                q,
+                k,
+                v,
+                d_out,
+                row_terms,
+                prior_dots,
+                mask,
+                key_start,
+                key_end,
+                prior_parameters,
+                d_table,
+                values,
+                gain_strides,
+                *tensor_strides,
+                *sizes,
+                BLOCK_T=dprior.block_t,
+                BLOCK_S=dprior.block_s,
+                ADD_LOG2_PRIOR=prior.add_log2,
+                TIMES_PRIOR=prior.times,
+                WIDE=launch.needs_wide_index(dprior, q, k, v, d_out, attn_mask),
+                **head_dims,
+                **flags,
+                **launch.launch_options(dprior),
+            )
     d_gains = None if gain_dots is None else _gain_gradients(gain_dots.sum((1, 3)), gains)
     d_scale = None if scale_dots is None else scale_dots.sum((0, 2))
-    return AttentionGradients(dq, dk, dv, d_residual, d_gains, d_scale)
+    # The table is in log2.
+    d_prior = None if d_table is None else math.log(2) * d_table.sum((1, 3)).T
+    return AttentionGradients(dq, dk, dv, d_residual, d_gains, d_scale, d_prior)
 
 
 def _gain_gradients(dots: torch.Tensor, gains: tuple[float | torch.Tensor, ...]) -> torch.Tensor:
@@ -220,7 +252,7 @@ def _gain_gradients(dots: torch.Tensor, gains: tuple[float | torch.Tensor, ...])
 
 
 def _empty_gradients(
-    d_out, dq, dk, dv, residual, d_residual, gains, needs_gains, needs_scale
+    d_out, dq, dk, dv, residual, d_residual, gains, needs_gains, needs_scale, needs_prior
 ) -> AttentionGradients:
     """Gradients when there is no query, no key or no batch entry: only the residual has a part."""
     H = d_out.shape[1]
@@ -236,4 +268,9 @@ def _empty_gradients(
             d_gains[3] = (d_out.float() * residual.float()).sum((0, 2, 3))
     if needs_scale:
         d_scale = torch.zeros((H,), dtype=torch.float32, device=d_out.device)
-    return AttentionGradients(dq.zero_(), dk.zero_(), dv.zero_(), d_residual, d_gains, d_scale)
+    d_prior = None
+    if needs_prior:
+        d_prior = torch.zeros((H, 5), dtype=torch.float32, device=d_out.device)
+    return AttentionGradients(
+        dq.zero_(), dk.zero_(), dv.zero_(), d_residual, d_gains, d_scale, d_prior
+    )

@@ -60,7 +60,7 @@ def attention_fwd_kernel(
     mask_ptr,
     key_start_ptr,
     key_end_ptr,
-    prior_ptr,
+    prior,
     gains,
     gain_strides,
     q_strides,
@@ -118,6 +118,8 @@ def attention_fwd_kernel(
     excess_sum = tl.zeros((BLOCK_T,), tl.float32)
     reference = tl.zeros((BLOCK_T,), tl.float32)
     weight_sum = tl.zeros((BLOCK_T,), tl.float32)
+    # u of (4), relative to the row maximum; with a prior log2 u, and the sum of u A0.
+    reference_log2 = tl.zeros((BLOCK_T,), tl.float32)
     # [BLOCK_T, BLOCK_DV]
     acc = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
     value_sum = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
@@ -138,7 +140,7 @@ def attention_fwd_kernel(
         # [BLOCK_T, BLOCK_S]
         zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         logits = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
-        scores = ADD_LOG2_PRIOR(logits, positions, keys, head, prior_ptr)
+        scores = ADD_LOG2_PRIOR(logits, positions, keys, key_lo, head, prior)
         visible = visible_keys(offs_t[:, None], keys, T, key_lo, key_hi, diagonal)
         if mask_ptr is not None:
             visible = visible & load_mask(
@@ -151,10 +153,10 @@ def attention_fwd_kernel(
         if WEIGHED:
             ones = tl.where(visible, 1.0, 0.0)
             count = tl.sum(ones, 1)
-            prior = TIMES_PRIOR(ones, positions, keys, head, prior_ptr)
-            tile_sum = count if UNIFORM_PRIOR else tl.sum(prior, 1)
+            at_zero = TIMES_PRIOR(ones, positions, keys, key_lo, head, prior)
+            tile_sum = count if UNIFORM_PRIOR else tl.sum(at_zero, 1)
             if CENTERED:
-                value_sum = dot(cast(prior, v.dtype), v, value_sum, DOT_PRECISION)
+                value_sum = dot(cast(at_zero, v.dtype), v, value_sum, DOT_PRECISION)
         else:
             tile_end = tl.minimum(tl.minimum(key_hi, offs_t + diagonal), key + BLOCK_S)
             count = tl.maximum(tile_end - tl.maximum(key_lo, key), 0).to(tl.float32)
@@ -163,10 +165,20 @@ def attention_fwd_kernel(
             # The geometric mean weight of a row's first visible tile, exact in the dtype of v.
             starts = (weight_sum == 0.0) & (count > 0.0)
             mean = tl.sum(tl.where(visible, logits, 0.0), 1) / tl.where(starts, count, 1.0)
-            typical = cast(tl.math.exp2(mean - row_max), v.dtype).to(tl.float32)
-            reference = tl.where(starts, typical, reference)
-            visible_reference = tl.where(visible, reference[:, None], 0.0)
-            weights -= TIMES_PRIOR(visible_reference, positions, keys, head, prior_ptr)
+            if UNIFORM_PRIOR:
+                typical = cast(tl.math.exp2(mean - row_max), v.dtype).to(tl.float32)
+                reference = tl.where(starts, typical, reference)
+                weights -= tl.where(visible, reference[:, None], 0.0)
+            else:
+                # In logs: far from the diagonal A0 underflows, and u alone overflows.
+                reference_log2 = tl.where(starts, mean, reference_log2)
+                at_reference = ADD_LOG2_PRIOR(
+                    reference_log2[:, None] + zeros, positions, keys, key_lo, head, prior
+                )
+                at_reference = tl.math.exp2(at_reference - row_max[:, None])
+                at_reference = tl.where(visible, at_reference, 0.0)
+                reference += tl.sum(at_reference, 1)
+                weights -= at_reference
         weight_sum += tile_sum
         rounded = cast(weights, v.dtype)
         excess_sum += _row_sum(weights, rounded, CENTERED)
@@ -192,7 +204,7 @@ def attention_fwd_kernel(
         weight_sum = tl.maximum(row_end - key_lo, 0).to(tl.float32)
 
     # [BLOCK_T]
-    normalizer = excess_sum + weight_sum * reference
+    normalizer = excess_sum + (weight_sum * reference if UNIFORM_PRIOR else reference)
     has_keys = row_max > -float("inf")
     inverse_normalizer = tl.where(has_keys, 1.0 / tl.where(has_keys, normalizer, 1.0), 0.0)
     inverse_weight_sum = tl.where(weight_sum > 0.0, 1.0 / tl.maximum(weight_sum, 1e-30), 0.0)
@@ -303,7 +315,7 @@ def attention_fwd(
     attn_mask: torch.Tensor | None,
     save_for_backward: bool,
     prior: Prior = UNIFORM,
-    prior_parameters: torch.Tensor | None = None,
+    prior_parameters: tuple | None = None,
 ) -> ForwardResult:
     """Launch the forward kernel.
 
@@ -315,7 +327,8 @@ def attention_fwd(
     HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
     device = q.device
     centered = is_centered(gains[2])
-    weighed = attn_mask is not None or not prior.is_uniform
+    weighed_by = launch.weighed_by(attn_mask, prior)
+    weighed = weighed_by is not None
     out_dtype = q.dtype if residual is None else residual.dtype
     out = torch.empty((B, H, T, DV), dtype=out_dtype, device=device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=device)
@@ -332,7 +345,7 @@ def attention_fwd(
         return result
 
     arch = launch.architecture(q)
-    config = pick_config("forward", D, DV, q.element_size(), arch, is_weighed=weighed)
+    config = pick_config("forward", D, DV, q.element_size(), arch, weighed_by=weighed_by)
     with launch.on_device(q):
         block_sums = value_block_sums(v, config) if centered and not weighed else None
         values, gain_strides, gain_is_tensor = launch.gain_arguments(gains)

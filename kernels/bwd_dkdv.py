@@ -21,13 +21,20 @@ from .primitives import (
 
 @triton.jit
 def _group_scales(
-    gains, gain_strides, GAIN_IS_TENSOR: tl.constexpr, first_head, GROUP, FP16: tl.constexpr
+    gains,
+    gain_strides,
+    GAIN_IS_TENSOR: tl.constexpr,
+    first_head,
+    GROUP,
+    FP16: tl.constexpr,
+    UNIFORM_PRIOR: tl.constexpr,
 ):
     """Common factors under which the heads of one group accumulate dk and dv.
 
     Returns the largest |scale|, and the power of two that lifts weights of order 1/n out of
-    float16's subnormal range: they are at most |softmax_gain| + |center_gain|, which leaves a
-    factor of 16 to overflow.
+    float16's subnormal range: they are at most D (|softmax_gain| + |center_gain|), which leaves
+    a factor of 16 to overflow where D = 1. A prior that keeps variances has D up to the root of
+    the number of keys: it gets a factor of 2048.
     """
     largest_scale = tl.full((), 0.0, tl.float32)
     largest_weight = tl.full((), 1e-6, tl.float32)
@@ -43,7 +50,8 @@ def _group_scales(
             largest_weight = tl.maximum(largest_weight, size)
     weight_lift = tl.full((), 1.0, tl.float32)
     if FP16:
-        weight_lift = tl.math.exp2(12.0 - tl.math.ceil(tl.math.log2(largest_weight)))
+        lift = 12.0 if UNIFORM_PRIOR else 5.0
+        weight_lift = tl.math.exp2(lift - tl.math.ceil(tl.math.log2(largest_weight)))
     return largest_scale, weight_lift
 
 
@@ -60,7 +68,7 @@ def _accumulate_dkdv(
     d_out_ptr,
     row_terms_ptr,
     mask_ptr,
-    prior_ptr,
+    prior,
     batch,
     first_head,
     key,
@@ -119,7 +127,7 @@ def _accumulate_dkdv(
     # [BLOCK_S, BLOCK_T]
     zeros = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
     scores = dot(k, tl.trans(q), zeros, DOT_PRECISION) * (LOG2_E * scale)
-    scores = ADD_LOG2_PRIOR(scores, positions, keys, head, prior_ptr)
+    scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
     weights = tl.math.exp2(scores - row_max[None, :])
     if MASKED:
         visible = visible_keys(offs_t[None, :], keys, T, key_lo, key_hi, diagonal)
@@ -135,7 +143,7 @@ def _accumulate_dkdv(
         center_weights = center_weight[None, :] + zeros
         if MASKED:
             center_weights = tl.where(visible, center_weights, 0.0)
-        value_weights -= TIMES_PRIOR(center_weights, positions, keys, head, prior_ptr)
+        value_weights -= TIMES_PRIOR(center_weights, positions, keys, key_lo, head, prior)
     if dtype == tl.float16:
         value_weights *= weight_lift
     dv = dot(cast(value_weights, dtype), d_out, dv, DOT_PRECISION)
@@ -159,7 +167,7 @@ def attention_bwd_dkdv_kernel(
     mask_ptr,
     key_start_ptr,
     key_end_ptr,
-    prior_ptr,
+    prior,
     dk_ptr,
     dv_ptr,
     gains,
@@ -222,7 +230,13 @@ def attention_bwd_dkdv_kernel(
     masked_from = tl.where(in_range, masked_from, full_from)
 
     largest_scale, weight_lift = _group_scales(
-        gains, gain_strides, GAIN_IS_TENSOR, kv_head * GROUP, GROUP, k.dtype == tl.float16
+        gains,
+        gain_strides,
+        GAIN_IS_TENSOR,
+        kv_head * GROUP,
+        GROUP,
+        k.dtype == tl.float16,
+        UNIFORM_PRIOR,
     )
     # One loop over the tiles of all heads of the group: nested loops cost registers.
     masked_tiles = (full_from - masked_from) // BLOCK_T
@@ -239,7 +253,7 @@ def attention_bwd_dkdv_kernel(
             d_out_ptr,
             row_terms_ptr,
             mask_ptr,
-            prior_ptr,
+            prior,
             batch,
             kv_head * GROUP,
             key,
@@ -287,7 +301,7 @@ def attention_bwd_dkdv_kernel(
                 d_out_ptr,
                 row_terms_ptr,
                 mask_ptr,
-                prior_ptr,
+                prior,
                 batch,
                 kv_head * GROUP,
                 key,

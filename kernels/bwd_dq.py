@@ -31,7 +31,7 @@ def _accumulate_dq(
     k_base,
     v_base,
     mask_base,
-    prior_ptr,
+    prior,
     row,
     key,
     T,
@@ -66,7 +66,7 @@ def _accumulate_dq(
     # [BLOCK_T, BLOCK_S]
     zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
     scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
-    scores = ADD_LOG2_PRIOR(scores, q_offset + rows, keys, head, prior_ptr)
+    scores = ADD_LOG2_PRIOR(scores, q_offset + rows, keys, key_lo, head, prior)
     weights = tl.math.exp2(scores - row_max[:, None])
     if MASKED:
         visible = visible_keys(rows, keys, T, key_lo, key_hi, diagonal)
@@ -90,7 +90,7 @@ def attention_bwd_dq_kernel(
     mask_ptr,
     key_start_ptr,
     key_end_ptr,
-    prior_ptr,
+    prior,
     dq_ptr,
     scale_dots_ptr,
     gains,
@@ -170,7 +170,7 @@ def attention_bwd_dq_kernel(
             k_base,
             v_base,
             mask_base,
-            prior_ptr,
+            prior,
             row,
             key,
             T,
@@ -207,7 +207,7 @@ def attention_bwd_dq_kernel(
                 k_base,
                 v_base,
                 mask_base,
-                prior_ptr,
+                prior,
                 row,
                 key,
                 T,

@@ -30,6 +30,7 @@ def attention_bwd_preprocess_kernel(
     key_end_ptr,
     row_terms_ptr,
     gain_dots_ptr,
+    prior_dots_ptr,
     d_residual_ptr,
     gains,
     gain_strides,
@@ -125,7 +126,12 @@ def attention_bwd_preprocess_kernel(
     # The products with v see this rounding of d_out, so delta must see the same one.
     rounded = cast(d_out, v_ptr.dtype.element_ty).to(tl.float32)
     # [BLOCK_T]
-    delta = softmax_gain * tl.sum(rounded * softmax_part, 1)
+    dots = tl.sum(rounded * softmax_part, 1)
+    if prior_dots_ptr is not None:
+        # Gradient of D.
+        d_prior_sum = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 1, head) * dots
+        tl.store(prior_dots_ptr + first_row + offs_t, d_prior_sum, mask=inside)
+    delta = softmax_gain * dots
     if d_lse_ptr is not None:
         delta -= tl.load(d_lse_ptr + first_row + offs_t, mask=inside, other=0.0).to(tl.float32)
     terms = row_terms_ptr + first_row + offs_t

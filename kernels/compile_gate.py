@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 from . import configs, launch
 from .attention_bwd import attention_bwd
 from .attention_fwd import attention_fwd
+from .priors import PRIORS, prior_parameters
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory that one program may use; sm_80's table also serves consumer cards."""
@@ -39,20 +40,30 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Variant(NamedTuple):
-    """One set of arguments that changes the code: which terms, which mask."""
+    """One set of arguments that changes the code: which terms, which mask, which prior."""
 
     name: str
     gains: str
     has_mask: bool = False
     has_key_range: bool = False
+    prior: str | None = None
+
+    @property
+    def weighed_by(self) -> str | None:
+        """What weighs the keys one by one, which takes other tiles."""
+        return "prior" if self.prior is not None else "mask" if self.has_mask else None
 
 
 VARIANTS = (
     Variant("shaped", "tensor", has_key_range=True),
     Variant("plain", "softmax"),
     Variant("masked", "number", has_mask=True),
+    Variant("espa", "tensor", has_key_range=True, prior="geometric"),
+    Variant("uspa", "number", prior="column"),
+    Variant("dense", "number", prior="dense"),
 )
-"""Every term with learnable gains; softmax attention alone; an arbitrary mask."""
+"""Every term with learnable gains; softmax attention alone; an arbitrary mask; each form of prior,
+of which the geometric one is learned."""
 
 
 class Case(NamedTuple):
@@ -67,16 +78,19 @@ class Case(NamedTuple):
 def cases() -> Iterator[Case]:
     """All calls of the gate: every entry of the tables at the widest head it serves.
 
-    bfloat16 in all variants and at the narrowest head as well; float16 and float32 differ from it
-    in how they multiply, so they are compiled with the most terms and with a mask.
+    bfloat16 in all variants, the dense prior at one width only, and at the narrowest head as well;
+    float16 and float32 differ from it in how they multiply, so they are compiled with the most
+    terms, and float32 with a mask and with a prior that is learned.
     """
-    shaped, _, masked = VARIANTS
+    shaped, _, masked, learned, _, dense = VARIANTS
     for arch, head_dim in itertools.product(configs.ARCHITECTURES, (64, 128, 256)):
         for variant in VARIANTS:
-            yield Case(arch, "bf16", head_dim, variant)
+            if variant is not dense or head_dim == 128:
+                yield Case(arch, "bf16", head_dim, variant)
         yield Case(arch, "fp16", head_dim, shaped)
         yield Case(arch, "fp32", head_dim, shaped)
         yield Case(arch, "fp32", head_dim, masked)
+        yield Case(arch, "fp32", head_dim, learned)
     for arch in configs.ARCHITECTURES:
         yield Case(arch, "bf16", 16, shaped)
 
@@ -140,6 +154,7 @@ def _compiling_for(arch: int | str) -> Iterator[list]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         log = io.StringIO()
+        self.device_caches.clear()  # or a kernel of an earlier case would leave no log
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append((self.fn.__name__, kernel, log.getvalue()))
@@ -162,6 +177,7 @@ _KERNEL_NAMES = {
     "attention_bwd_preprocess_kernel": "preprocess",
     "attention_bwd_dkdv_kernel": "dkdv",
     "attention_bwd_dq_kernel": "dq",
+    "attention_bwd_dprior_kernel": "dprior",
 }
 
 
@@ -191,8 +207,16 @@ def compile_case(case: Case) -> list[Row]:
         "attn_mask": mask if case.variant.has_mask else None,
     }
     learnable = case.variant.gains == "tensor"
+    prior = {}
+    if case.variant.prior is not None:
+        shape = {"geometric": (H, 5), "column": (H, 4, T), "dense": (H, T, T)}[case.variant.prior]
+        values = tensor(*shape, dtype=torch.float32)
+        prior = {
+            "prior": PRIORS[case.variant.prior],
+            "prior_parameters": prior_parameters(case.variant.prior, values, H, T, T, 0),
+        }
     with _compiling_for(case.arch) as compiled:
-        saved = attention_fwd(q, k, v, residual, gains, **options, save_for_backward=True)
+        saved = attention_fwd(q, k, v, residual, gains, **options, **prior, save_for_backward=True)
         attention_bwd(
             tensor(B, H, T, D),
             None,
@@ -203,9 +227,11 @@ def compile_case(case: Case) -> list[Row]:
             gains,
             saved,
             **options,
+            **prior,
             needs_residual=residual is not None,
             needs_gains=learnable,
             needs_scale=learnable,
+            needs_prior=learnable and case.variant.prior is not None,
         )
     # The backward launches the block sums of v a second time, already compiled.
     first = {}
@@ -222,7 +248,7 @@ def _row(case: Case, name: str, kernel, log: str) -> Row:
         case.head_dim,
         _DTYPES[case.dtype].itemsize,
         case.arch,
-        is_weighed=case.variant.has_mask,
+        weighed_by=case.variant.weighed_by,
     )
     if isinstance(case.arch, str):
         assembly = kernel.asm["amdgcn"]
@@ -258,7 +284,7 @@ def _row(case: Case, name: str, kernel, log: str) -> Row:
         shared=kernel.metadata.shared,
         instruction=instruction if count else "none",
         tensor_core=count,
-        serialized="C7510" in log or "C7512" in log,
+        serialized="wgmma.mma_async instructions are serialized" in log,
         has_float64=re.search(r"xf64\b|: f64\b", kernel.asm["ttgir"]) is not None,
     )
 
@@ -283,7 +309,7 @@ def failures(rows: list[Row]) -> list[str]:
         if row.has_float64:
             # A literal below the smallest normal float32 is float64 to Triton.
             found.append(f"{where}: float64 arithmetic")
-        if row.serialized:
+        if row.serialized and row.variant != "dense":
             found.append(f"{where}: wgmma is serialised")
         if _needs_wgmma(row) and row.instruction != "wgmma":
             found.append(f"{where}: no wgmma, {row.instruction} instead")
@@ -293,12 +319,12 @@ def failures(rows: list[Row]) -> list[str]:
 def _needs_wgmma(row: Row) -> bool:
     """Whether a row's tile has the 64 rows that one wgmma takes.
 
-    At D = 256 two accumulators of 64 rows do not fit the registers: the backward and the masked
-    forward use smaller tiles there, and float32 has no wgmma at full precision.
+    At D = 256 two accumulators of 64 rows do not fit the registers: the backward and the forward
+    of weighed keys use smaller tiles there, and float32 has no wgmma at full precision.
     """
     if row.arch != "90" or row.dtype == "fp32" or row.kernel not in ("forward", "dkdv", "dq"):
         return False
-    return row.head_dim <= 128 or (row.kernel == "forward" and row.variant != "masked")
+    return row.head_dim <= 128 or (row.kernel == "forward" and row.variant in ("shaped", "plain"))
 
 
 def compile_all(selected: list[Case] | None = None, processes: int | None = None) -> list[Row]:

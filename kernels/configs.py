@@ -14,8 +14,8 @@ from dataclasses import dataclass
 SUPPORTED_HEAD_DIMS = range(16, 257, 8)
 """Head dimensions (D of q and k, Dv of v) that the Triton kernels take."""
 
-KERNELS = ("forward", "preprocess", "dkdv", "dq")
-"""Kernels with a configuration: one forward, three backward."""
+KERNELS = ("forward", "preprocess", "dkdv", "dq", "dprior")
+"""Kernels with a configuration: one forward, four backward."""
 
 
 @dataclass(frozen=True)
@@ -58,46 +58,58 @@ def override_config(config: TileConfig) -> Iterator[None]:
 _INTERPRETER = TileConfig(block_t=32, block_s=32, num_warps=1, num_stages=1, sum_block=16)
 
 # (block_t, block_s, num_warps, num_stages[, sum_block]) by kernel and by the largest padded head
-# dimension that an entry serves; "weighed" for calls with a mask or a prior. Each is the largest
-# tile tried that compiles without a spill in every variant of the gate; speed is not measured yet.
+# dimension that an entry serves; "weighed" for calls with a mask or a prior, "prior" for calls
+# with a prior where that needs smaller tiles. Each is the largest tile tried that compiles without
+# a spill, and without serialised wgmma, in every variant of the gate; speed is not measured yet.
 _Tiles = dict[str, dict[int, tuple[int, ...]]]
 
 _SM80_16BIT: _Tiles = {
     "forward": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     "forward weighed": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "forward prior": {64: (64, 16, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
     "preprocess": {64: (128, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
     "dkdv": {64: (32, 128, 8, 1), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
     "dkdv weighed": {64: (32, 32, 4, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
     "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
     "dq weighed": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "dprior": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 16, 8, 1)},
 }
 _SM90_16BIT: _Tiles = {
-    "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
-    "forward weighed": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
+    "forward weighed": {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "forward prior": {64: (64, 32, 8, 2), 128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
     "preprocess": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
     "dkdv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
     "dkdv weighed": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
-    "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
-    "dq weighed": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "dkdv prior": {128: (16, 64, 8, 2)},
+    "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "dq weighed": {64: (128, 64, 8, 3), 128: (128, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "dq prior": {128: (128, 64, 8, 2)},
+    "dprior": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 16, 8, 1)},
 }
 _SM100_16BIT: _Tiles = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
     "forward weighed": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "forward prior": {64: (64, 32, 8, 2), 256: (16, 32, 8, 1)},
     # Tiles of 64 rows here make Triton 3.6 stop in TritonNvidiaGPUOptimizeTMemLayoutsPass.
     "preprocess": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
+    "preprocess prior": {64: (32, 64, 8, 1)},
     "dkdv": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
     "dkdv weighed": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
     "dq": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
     "dq weighed": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
+    "dprior": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
 }
 _GFX942_16BIT: _Tiles = {
     "forward": {64: (128, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
     "forward weighed": {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
+    "forward prior": {256: (32, 16, 8, 1)},
     "preprocess": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
     "dkdv": {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 8, 1)},
     "dkdv weighed": {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 8, 1)},
     "dq": {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (16, 32, 8, 1)},
     "dq weighed": {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 8, 1)},
+    "dprior": {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 8, 1)},
 }
 _CUDA_32BIT: _Tiles = {
     "forward": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1, 16)},
@@ -107,11 +119,14 @@ _CUDA_32BIT: _Tiles = {
     "dkdv weighed": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     "dq": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
     "dq weighed": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
+    "dprior": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
 }
-# Three stages instead of two keep this one kernel free of spills there.
+# These keep the kernels free of spills there.
 _SM90_32BIT: _Tiles = _CUDA_32BIT | {
     "dq": _CUDA_32BIT["dq"] | {256: (16, 16, 8, 3)},
     "dq weighed": _CUDA_32BIT["dq weighed"] | {256: (16, 16, 8, 3)},
+    "dkdv prior": {64: (16, 32, 8, 2)},
+    "dprior": _CUDA_32BIT["dprior"] | {128: (16, 16, 4, 1)},
 }
 _GFX942_32BIT: _Tiles = {
     "forward": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
@@ -121,6 +136,7 @@ _GFX942_32BIT: _Tiles = {
     "dkdv weighed": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
     "dq": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
     "dq weighed": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "dprior": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 _TABLES: dict[tuple[int | str, int], _Tiles] = {
     (80, 2): _SM80_16BIT,
@@ -151,13 +167,13 @@ def pick_config(
     itemsize: int,
     arch: int | str,
     *,
-    is_weighed: bool,
+    weighed_by: str | None,
 ) -> TileConfig:
     """Launch configuration of one kernel.
 
     kernel: one of KERNELS. itemsize: bytes per element of q, k, v (2 or 4). arch: compute
-    capability as an integer (90), a gfx name, or "interpreter". is_weighed: whether a mask or a
-    prior other than the uniform one weighs the keys, which takes more registers.
+    capability as an integer (90), a gfx name, or "interpreter". weighed_by: "mask" or "prior"
+    (other than the uniform one) where it weighs the keys one by one, which takes more registers.
     """
     override = _override.get()
     if override is not None:
@@ -165,6 +181,10 @@ def pick_config(
     if arch == "interpreter":
         return _INTERPRETER
     table = _TABLES[_table_of(arch), itemsize]
-    by_width = table[f"{kernel} weighed" if is_weighed and kernel != "preprocess" else kernel]
     width = max(64, padded_head_dim(head_dim, value_dim))
-    return TileConfig(*by_width[width])
+    suffixes = {None: ("",), "mask": (" weighed", ""), "prior": (" prior", " weighed", "")}
+    for suffix in suffixes[weighed_by]:
+        tiles = table.get(kernel + suffix, {})
+        if width in tiles:
+            return TileConfig(*tiles[width])
+    raise KeyError((kernel, width, arch))

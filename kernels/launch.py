@@ -11,6 +11,7 @@ import torch
 import triton
 
 from .configs import TileConfig
+from .priors import Prior
 
 _INT32_MAX = 2**31 - 1
 
@@ -103,6 +104,13 @@ def gain_arguments(
 def strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
     """Strides of a four-dimensional tensor, zeros for one that is absent."""
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
+
+
+def weighed_by(mask: torch.Tensor | None, prior: Prior) -> str | None:
+    """What weighs the keys of a row one by one, if anything does."""
+    if not prior.is_uniform:
+        return "prior"
+    return None if mask is None else "mask"
 
 
 def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,12 +1,13 @@
 """Priors A0 as pairs of jit functions that the kernels take as constexpr arguments.
 
-A prior adds a `Prior` here and a test; the kernels stay as they are. Both functions get broadcast
+A new prior is a `Prior` here and a test; the kernels stay as they are. Both functions get broadcast
 tensors of key positions of the queries and of the keys, so they serve tiles of either orientation:
 
-- `add_log2(scores, positions, keys, head, parameters)` returns `scores + log2 A0`;
-- `times(values, positions, keys, head, parameters)` returns `values * A0`.
+- `add_log2(scores, positions, keys, first_key, head, parameters)` returns `scores + log2 A0`;
+- `times(values, positions, keys, first_key, head, parameters)` returns `values * A0`.
 
-`parameters` is a pointer of the caller's choice (None if the prior has none).
+`first_key` is the key position of the first token, `parameters` a tuple of the prior's own (None if
+it has none), which `prior_parameters` makes. The forms are those of `shaped_attn.priors`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
-import triton.language as tl  # noqa: F401 - the interpreter wants it beside a jit function
+import triton.language as tl
+
+from .primitives import LOG2_E
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,97 @@ class Prior:
 
 
 @triton.jit
-def _uniform(values, positions, keys, head, parameters):
+def _uniform(values, positions, keys, first_key, head, parameters):
     return values
 
 
-UNIFORM = Prior(add_log2=_uniform, times=_uniform, is_uniform=True)
+@triton.jit
+def _geometric_log2(positions, keys, first_key, head, parameters):
+    base = parameters[0] + head * parameters[1]
+    corner = tl.load(base)
+    diagonal = tl.load(base + 1)
+    first = tl.load(base + 2)
+    other = tl.load(base + 3)
+    fall = tl.load(base + 4)
+    steps = tl.abs(positions - keys) - 1
+    is_first = keys == first_key
+    on = tl.where(is_first, corner, diagonal)
+    off = tl.where(is_first, first, other) - fall * steps.to(tl.float32)
+    return tl.where(steps < 0, on, off)
+
+
+@triton.jit
+def _geometric_add_log2(scores, positions, keys, first_key, head, parameters):
+    return scores + _geometric_log2(positions, keys, first_key, head, parameters)
+
+
+@triton.jit
+def _geometric_times(values, positions, keys, first_key, head, parameters):
+    return values * tl.math.exp2(_geometric_log2(positions, keys, first_key, head, parameters))
+
+
+@triton.jit
+def _column_entries(positions, keys, first_key, head, parameters):
+    tokens = parameters[2]
+    base = parameters[0] + tl.cast(head, tl.int64) * parameters[1]
+    i = tl.minimum(tl.maximum(positions - first_key, 0), tokens - 1)
+    j = tl.minimum(tl.maximum(keys - first_key, 0), tokens - 1)
+    row = tl.load(base + i)
+    above = tl.load(base + tokens + i)
+    column = tl.load(base + 2 * tokens + j)
+    diagonal = tl.load(base + 3 * tokens + i)
+    # In this order no term is negative, and nothing cancels.
+    entries = tl.where(positions == keys, diagonal, row + (column - above))
+    return tl.where(positions >= keys, entries, 0.0)
+
+
+@triton.jit
+def _column_add_log2(scores, positions, keys, first_key, head, parameters):
+    return scores + tl.math.log2(_column_entries(positions, keys, first_key, head, parameters))
+
+
+@triton.jit
+def _column_times(values, positions, keys, first_key, head, parameters):
+    return values * _column_entries(positions, keys, first_key, head, parameters)
+
+
+@triton.jit
+def _dense_log2(positions, keys, first_key, head, parameters):
+    # Triton 3.6.0 loses constants in a tuple within a tuple, so the strides are in this one.
+    pointer, head_stride, row_stride, key_stride, first_position, T, S = parameters
+    rows = tl.cast(positions - first_position, tl.int64)
+    columns = tl.cast(keys, tl.int64)
+    inside = (rows >= 0) & (rows < T) & (columns < S)
+    offsets = tl.cast(head, tl.int64) * head_stride + rows * row_stride + columns * key_stride
+    logs = tl.load(pointer + offsets, mask=inside, other=-float("inf"))
+    return logs.to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def _dense_add_log2(scores, positions, keys, first_key, head, parameters):
+    return scores + _dense_log2(positions, keys, first_key, head, parameters)
+
+
+@triton.jit
+def _dense_times(values, positions, keys, first_key, head, parameters):
+    return values * tl.math.exp2(_dense_log2(positions, keys, first_key, head, parameters))
+
+
+UNIFORM = Prior(_uniform, _uniform, is_uniform=True)
+
+PRIORS = {
+    "geometric": Prior(_geometric_add_log2, _geometric_times),
+    "column": Prior(_column_add_log2, _column_times),
+    "dense": Prior(_dense_add_log2, _dense_times),
+}
+"""Priors by the form of their table."""
+
+
+def prior_parameters(form: str, values: torch.Tensor, H: int, T: int, S: int, q_offset: int):
+    """Kernel arguments of a table of `shaped_attn.priors`: (H or 1, ...), or broadcast if dense."""
+    if form == "dense":
+        values = values.expand(H, T, S)
+        return values, *values.stride(), q_offset, T, S
+    values = values.to(torch.float32).contiguous()
+    head_stride = 0 if values.shape[0] == 1 else values.stride(0)
+    return (values, head_stride) if form == "geometric" else (values, head_stride, values.shape[2])

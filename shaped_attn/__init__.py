@@ -23,5 +23,6 @@ _import_sibling_kernels()  # before the first use of shaped_attn.kernels
 from shaped_attn import ops as _ops  # noqa: F401 (registers torch.ops.shaped_attn)
 from shaped_attn._version import __version__
 from shaped_attn.functional import shaped_attention
+from shaped_attn.priors import ESPA, USPA
 
-__all__ = ["__version__", "shaped_attention"]
+__all__ = ["ESPA", "USPA", "__version__", "shaped_attention"]

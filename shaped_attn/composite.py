@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .arguments import Gain, Gains, accumulation_dtype, is_zero, output_dtype, per_head
+from .priors import PriorTable
 
 # Query rows per chunk where a mask depends on the query.
 CHUNK_ROWS = 256
@@ -34,11 +35,13 @@ def attention(
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    prior: PriorTable | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ``(out, lse)`` of `shaped_attention` for validated arguments.
 
-    ``lse`` is None unless ``return_lse``. Autograd gives the gradients of every floating Tensor.
+    ``prior`` None is the uniform one. ``lse`` is None unless ``return_lse``. Autograd gives the
+    gradients of every floating Tensor.
     """
     dtype = accumulation_dtype(q.dtype)
     out_dtype = output_dtype(q, residual)
@@ -53,6 +56,7 @@ def attention(
         key_start=None if key_start is None else key_start.long(),
         key_end=None if key_end is None else key_end.long(),
         attn_mask=_unexpand(attn_mask),
+        prior=prior,
     )
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     own = None if is_zero(gains.identity) else _rows(v, q_offset, queries)
@@ -68,7 +72,7 @@ def attention(
         # Keys that no query sees, such as padding, may hold anything.
         k, v = k.masked_fill(~used, 0), v.masked_fill(~used, 0)
     with_softmax, with_center = not is_zero(gains.softmax), not is_zero(gains.center)
-    mean = softmax = center = seen = None
+    mean = softmax = center = seen = prior_sum = None
     if q.shape[0] == 0 or queries == 0 or keys == 0:
         # All sums over keys are empty. The product keeps every input in the graph, with gradient 0.
         softmax = center = q @ _to_heads(k, q).transpose(-1, -2) @ _to_heads(v, q)
@@ -77,7 +81,11 @@ def attention(
             # A vector added to all rows of v changes neither softmax minus centre nor any gradient.
             # Without the mean of v the two terms, hence their rounding errors, are smallest.
             v, mean = _centered(v, used)
-        if visible.attn_mask is not None:
+        if prior is not None:
+            softmax, center, seen, prior_sum = _by_rows(
+                _prior_rows, q, k, v, scale, visible, with_softmax, with_center
+            )
+        elif visible.attn_mask is not None:
             softmax, center, seen = _by_rows(
                 _masked_rows, q, k, v, scale, visible, with_softmax, with_center
             )
@@ -88,6 +96,8 @@ def attention(
                 center, seen = _visible_mean(v, visible)
                 center = _to_heads(center, q).expand(-1, -1, queries, -1)
 
+    if mean is not None and prior_sum is not None:
+        mean = _to_heads(mean, q) * prior_sum
     out = _mix(q, v.shape[3], gains, own, softmax, center, mean, seen)
     if not with_softmax:
         # A gain of 0.0 skips work; the gradients of q, k and v are still zeros, not missing.
@@ -109,6 +119,7 @@ class _Visibility:
     key_start: Tensor | None
     key_end: Tensor | None
     attn_mask: Tensor | None  # (1 or B, 1 or H, 1 or T, 1 or S)
+    prior: PriorTable | None
 
     @property
     def has_range(self) -> bool:
@@ -153,6 +164,14 @@ class _Visibility:
             part = part if part.shape[3] == 1 else part[..., :keys]
             mask = _both(mask, part).expand(-1, -1, -1, keys)
         return mask
+
+    def log_prior(self, start: int, stop: int, keys: int, dtype: torch.dtype) -> Tensor:
+        """Return log A0 of some queries over the first keys, -inf where a key is not visible."""
+        logs = self.prior.log_rows(
+            start, stop, keys, q_offset=self.q_offset, key_start=self.key_start
+        ).to(dtype)
+        mask = self.mask(start, stop, keys, logs.device)
+        return logs if mask is None else torch.where(mask, logs, -torch.inf)
 
     def used(self, device: torch.device) -> Tensor | None:
         """Return which keys some query may see, (1 or B, 1, S, 1), or None for all."""
@@ -255,12 +274,51 @@ def _masked_rows(
     return softmax, center, seen
 
 
+def _prior_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    visible: _Visibility,
+    start: int,
+    stop: int,
+    with_softmax: bool,
+    with_center: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Return softmax term, centre, whether a key is visible and D, for the queries start to stop.
+
+    The softmax term is already multiplied by D.
+    """
+    logs = visible.log_prior(start, stop, k.shape[2], q.dtype)
+    seen = (logs > -torch.inf).any(-1, keepdim=True)
+    weights = logs.exp()
+    prior_sum = weights.sum(-1, keepdim=True)
+    softmax = center = None
+    if with_softmax:
+        bias = torch.where(seen, logs, 0)
+        if bias.requires_grad:
+            # torch's kernels of linear memory give no gradient of a bias.
+            logits = scale * (q @ _to_heads(k, q).transpose(-1, -2)) + bias
+            softmax = logits.softmax(-1) @ _to_heads(v, q)
+        else:
+            softmax = _sdpa(q, k, v, scale, mask=bias)
+        softmax = prior_sum * softmax  # 0 where no key is seen
+    if with_center:
+        center = weights @ _to_heads(v, q)
+    shape = (q.shape[0], q.shape[1], stop - start, 1)
+    return softmax, center, seen.expand(shape), prior_sum.expand(shape)
+
+
 def _lse_rows(
     q: Tensor, k: Tensor, v: Tensor, scale: float, visible: _Visibility, start: int, stop: int
 ) -> tuple[Tensor]:
     """Return the log-sum-exp of the visible logits of the queries start to stop."""
     logits = scale * (q @ _to_heads(k, q).transpose(-1, -2))
-    mask = visible.mask(start, stop, k.shape[2], q.device)
+    if visible.prior is not None:
+        logs = visible.log_prior(start, stop, k.shape[2], q.dtype)
+        logits, mask = logits + torch.where(logs > -torch.inf, logs, 0), logs > -torch.inf
+    else:
+        mask = visible.mask(start, stop, k.shape[2], q.device)
     if mask is None:
         return (logits.logsumexp(-1),)
     seen = mask.any(-1, keepdim=True)

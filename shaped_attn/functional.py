@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import composite, ops, reference, validation
 from .arguments import Gain, Gains
+from .priors import ESPA, USPA, resolve_prior
 
 
 def shaped_attention(
@@ -28,7 +29,7 @@ def shaped_attention(
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
     attn_mask: Tensor | None = None,
-    prior: Tensor | None = None,
+    prior: ESPA | USPA | Tensor | None = None,
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -78,10 +79,13 @@ def shaped_attention(
         key_end: (B,) integer Tensor, one past the last key that is not padding. Default S.
         attn_mask: bool Tensor that broadcasts to (B, H, T, S), True where a query sees a key.
             Default None: no further mask.
-        prior: floating Tensor that broadcasts to (H, T, S), with ``impl="reference"`` only: the
-            natural log of the attention matrix A0 at zero logits, -inf to hide a key. Then the
+        prior: the attention matrix A0 at zero logits: `ESPA` or `USPA`, or a floating Tensor that
+            broadcasts to (H, T, S) with the natural log of A0, -inf to hide a key. Then the
             weights are softmax_j(scale q_i . k_j + log A0_ij), the softmax term is multiplied by
-            sum_j A0_ij, and the centre is sum_j A0_ij v_j. Default None: A0_ij = 1 / n_i.
+            D_i = sum_j A0_ij, and the centre is sum_j A0_ij v_j, all sums over visible keys. Tokens
+            count from ``key_start``. Without ``is_causal`` the priors are those of all S tokens.
+            Learnable rates, and a Tensor that requires a gradient, get one; the latter not from
+            Triton. Default None: A0_ij = 1 / n_i, D_i = 1.
         return_lse: whether to return ``(out, lse)``. Default False.
         impl: "triton": the fused kernels, on a GPU or in Triton's interpreter. "torch": torch's
             own operators, on any device, with memory linear in T and S. "reference": T x S
@@ -141,7 +145,15 @@ def shaped_attention(
     validation.check_flag("is_causal", is_causal)
     validation.check_flag("return_lse", return_lse)
     impl = validation.resolve_impl(impl, q, v, residual)
-    prior = validation.check_prior(prior, impl, q, k)
+    table = resolve_prior(
+        prior,
+        q,
+        k,
+        is_causal=is_causal,
+        q_offset=q_offset,
+        key_start=key_start,
+        key_end=key_end,
+    )
 
     visibility = {
         "is_causal": is_causal,
@@ -151,15 +163,22 @@ def shaped_attention(
         "attn_mask": attn_mask,
     }
     if impl == "triton":
-        out, lse = ops.attention_from_gains(q, k, v, residual, gains, **visibility)
+        out, lse = ops.attention_from_gains(q, k, v, residual, gains, **visibility, prior=table)
         return (out, lse) if return_lse else out
     with torch.autocast(device_type, enabled=False) if is_autocast else nullcontext():
         if impl == "torch":
             out, lse = composite.attention(
-                q, k, v, residual, gains, **visibility, return_lse=return_lse
+                q, k, v, residual, gains, **visibility, prior=table, return_lse=return_lse
             )
         else:
-            out, lse = reference.attention(q, k, v, residual, gains, **visibility, log_prior=prior)
+            log_prior = None
+            if table is not None:
+                log_prior = table.log_rows(
+                    0, q.shape[2], k.shape[2], q_offset=q_offset, key_start=key_start
+                )
+            out, lse = reference.attention(
+                q, k, v, residual, gains, **visibility, log_prior=log_prior
+            )
     return (out, lse) if return_lse else out
 
 

@@ -13,26 +13,33 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, validation
 from .arguments import Gain, Gains, accumulation_dtype, output_dtype
+from .priors import PriorTable, check_learnable, check_table
 
 NAMESPACE = "shaped_attn"
 
-_INPUTS = 13
+_INPUTS = 14
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? residual=None"
 _GAINS = ", ".join(f"Tensor? {name}=None" for name in validation.GAIN_NAMES)
 _VISIBILITY = "Tensor? attn_mask=None, Tensor? key_start=None, Tensor? key_end=None"
+_PRIOR = "Tensor? prior=None"
 _FIXED = ", ".join(f"float fixed_{name}=1.0" for name in validation.GAIN_NAMES[:5])
-_OPTIONS = f"{_FIXED}, float? fixed_scale=None, bool is_causal=False, SymInt? q_offset=None"
+_OPTIONS = (
+    f"{_FIXED}, float? fixed_scale=None, bool is_causal=False, SymInt? q_offset=None,"
+    ' str prior_form="dense"'
+)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
-    f"attention({_TENSORS}, {_GAINS}, {_VISIBILITY}, *, {_OPTIONS}, bool save_for_backward=True)"
+    f"attention({_TENSORS}, {_GAINS}, {_VISIBILITY}, {_PRIOR}, *, {_OPTIONS},"
+    " bool save_for_backward=True)"
     " -> (Tensor out, Tensor lse, Tensor excess, Tensor center, Tensor row_stats)"
 )
 _library.define(
     f"attention_backward(Tensor? d_out, Tensor? d_lse, {_TENSORS}, {_GAINS}, {_VISIBILITY},"
-    " Tensor? excess=None, Tensor? center=None, Tensor? row_stats=None, *,"
-    f" {_OPTIONS}, bool needs_residual=False, bool needs_gains=False, bool needs_scale=False)"
-    " -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_residual, Tensor d_gains, Tensor d_scale)"
+    f" {_PRIOR}, Tensor? excess=None, Tensor? center=None, Tensor? row_stats=None, *, {_OPTIONS},"
+    " bool needs_residual=False, bool needs_gains=False, bool needs_scale=False,"
+    " bool needs_prior=False) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_residual,"
+    " Tensor d_gains, Tensor d_scale, Tensor d_prior)"
 )
 
 
@@ -54,6 +61,19 @@ def _saved_shapes(q: Tensor, v: Tensor, is_weighed: bool, is_centered: bool, sav
     return value_rows, value_rows if is_weighed and is_centered else (0,), (3, *rows)
 
 
+def _prior_options(table: PriorTable | None, q: Tensor, k: Tensor, q_offset: int) -> dict:
+    """Arguments of the kernels for a prior."""
+    if table is None:
+        return {}
+    from .kernels.priors import PRIORS, prior_parameters
+
+    sizes = (q.shape[1], q.shape[2], k.shape[2], q_offset)
+    return {
+        "prior": PRIORS[table.form],
+        "prior_parameters": prior_parameters(table.form, table.values, *sizes),
+    }
+
+
 def _attention(
     q,
     k,
@@ -68,6 +88,7 @@ def _attention(
     attn_mask=None,
     key_start=None,
     key_end=None,
+    prior=None,
     *,
     fixed_identity_gain=1.0,
     fixed_softmax_gain=1.0,
@@ -77,6 +98,7 @@ def _attention(
     fixed_scale=None,
     is_causal=False,
     q_offset=None,
+    prior_form="dense",
     save_for_backward=True,
 ):
     validation.check_tensors(q, k, v, residual)
@@ -108,17 +130,21 @@ def _attention(
         "key_end": key_end,
         "attn_mask": attn_mask,
     }
+    table = None if prior is None else check_table(PriorTable(prior_form, prior), q, k)
     if _uses_kernels(q):
         validation.resolve_impl("triton", q, v, residual)
         from .kernels.attention_fwd import attention_fwd
 
+        options |= _prior_options(table, q, k, q_offset)
         return tuple(
             attention_fwd(
                 q, k, v, residual, tuple(gains), **options, save_for_backward=save_for_backward
             )
         )
     with torch.no_grad():
-        out, lse = composite.attention(q, k, v, residual, gains, **options, return_lse=True)
+        out, lse = composite.attention(
+            q, k, v, residual, gains, **options, prior=table, return_lse=True
+        )
     float32 = torch.float32
     return (
         out.contiguous(),
@@ -137,7 +163,7 @@ def _attention_fake(
     excess, center, row_stats = _saved_shapes(
         q,
         v,
-        attn_mask is not None,
+        attn_mask is not None or _argument(tensors, 9) is not None,
         center_gain is not None or fixed_center_gain != 0.0,
         save_for_backward,
     )
@@ -172,6 +198,7 @@ def _attention_backward(
     attn_mask=None,
     key_start=None,
     key_end=None,
+    prior=None,
     excess=None,
     center=None,
     row_stats=None,
@@ -184,9 +211,11 @@ def _attention_backward(
     fixed_scale=None,
     is_causal=False,
     q_offset=None,
+    prior_form="dense",
     needs_residual=False,
     needs_gains=False,
     needs_scale=False,
+    needs_prior=False,
 ):
     gains, q_offset, attn_mask = validation.check_call(
         q,
@@ -223,18 +252,28 @@ def _attention_backward(
         "needs_residual": needs_residual,
         "needs_gains": needs_gains,
         "needs_scale": needs_scale,
+        "needs_prior": needs_prior,
     }
+    table = None if prior is None else PriorTable(prior_form, prior)
     if _uses_kernels(q):
         from .kernels.attention_bwd import attention_bwd
         from .kernels.attention_fwd import ForwardResult
 
+        if needs_prior:
+            check_learnable(table)
+        options |= _prior_options(table, q, k, q_offset)
         saved = ForwardResult(q, q, excess, center, row_stats)
         grads = attention_bwd(
             d_out, d_lse, q, k, v, residual, tuple(gains), saved, **options, **needs
         )
     else:
-        grads = _composite_backward(d_out, d_lse, q, k, v, residual, gains, options, **needs)
-    absent = (q.new_empty(0), *(q.new_empty(0, dtype=torch.float32) for _ in range(2)))
+        grads = _composite_backward(d_out, d_lse, q, k, v, residual, gains, table, options, **needs)
+    if needs_prior:
+        d_prior = grads[6]
+        # A table that the heads share; a gradient of the composite has its shape already.
+        d_prior = d_prior if d_prior.shape == prior.shape else d_prior.sum(0, keepdim=True)
+        grads = (*grads[:6], d_prior.to(prior.dtype))
+    absent = (q.new_empty(0), *(q.new_empty(0, dtype=torch.float32) for _ in range(3)))
     return (
         *grads[:3],
         *(a if g is None else g for g, a in zip(grads[3:], absent, strict=True)),
@@ -242,7 +281,20 @@ def _attention_backward(
 
 
 def _composite_backward(
-    d_out, d_lse, q, k, v, residual, gains, options, *, needs_residual, needs_gains, needs_scale
+    d_out,
+    d_lse,
+    q,
+    k,
+    v,
+    residual,
+    gains,
+    table,
+    options,
+    *,
+    needs_residual,
+    needs_gains,
+    needs_scale,
+    needs_prior,
 ):
     """Gradients of the composite on a CPU, from a second forward."""
     heads = q.shape[1]
@@ -259,12 +311,20 @@ def _composite_backward(
             else gain
             for gain, is_needed in zip(gains, needed, strict=True)
         ]
+        if needs_prior:
+            table = PriorTable(table.form, table.values.detach().requires_grad_())
         out, lse = composite.attention(
-            *tensors, skip_input, Gains(*weights), **options, return_lse=d_lse is not None
+            *tensors,
+            skip_input,
+            Gains(*weights),
+            **options,
+            prior=table,
+            return_lse=d_lse is not None,
         )
         inputs = [*tensors]
         inputs += [skip_input] if needs_residual else []
         inputs += [w for w, is_needed in zip(weights, needed, strict=True) if is_needed]
+        inputs += [table.values] if needs_prior else []
         outputs, cotangents = [out], [d_out]
         if d_lse is not None:
             outputs, cotangents = [out, lse], [d_out, d_lse]
@@ -272,10 +332,11 @@ def _composite_backward(
             outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
         )
     found = [x.contiguous() for x in found]
-    d_residual = found.pop(3) if needs_residual else None
-    d_gains = torch.stack(found[3:8]).float() if needs_gains else None
-    d_scale = found[-1].float() if needs_scale else None
-    return (*found[:3], d_residual, d_gains, d_scale)
+    d_prior = found.pop() if needs_prior else None
+    d_scale = found.pop().float() if needs_scale else None
+    d_gains = torch.stack(found[-5:]).float() if needs_gains else None
+    d_residual = found[3] if needs_residual else None
+    return (*found[:3], d_residual, d_gains, d_scale, d_prior)
 
 
 def _attention_backward_fake(
@@ -289,9 +350,11 @@ def _attention_backward_fake(
     needs_residual=False,
     needs_gains=False,
     needs_scale=False,
+    needs_prior=False,
     **options,
 ):
     heads = q.shape[1]
+    prior = _argument(tensors, 9)
     out_shape = (*q.shape[:3], v.shape[3])
     return (
         q.new_empty(q.shape),
@@ -302,6 +365,7 @@ def _attention_backward_fake(
         else q.new_empty(0),
         q.new_empty((5, heads) if needs_gains else 0, dtype=torch.float32),
         q.new_empty(heads if needs_scale else 0, dtype=torch.float32),
+        prior.new_empty(prior.shape) if needs_prior else q.new_empty(0, dtype=torch.float32),
     )
 
 
@@ -328,7 +392,7 @@ def _autograd(ctx, d_out, d_lse, *_):
         )
     *inputs, excess, center, row_stats = ctx.saved_tensors
     with torch.no_grad():
-        d_q, d_k, d_v, d_residual, d_gains, d_scale = torch.ops.shaped_attn.attention_backward(
+        d_q, d_k, d_v, d_residual, d_gains, d_scale, d_prior = _backward_op(
             d_out,
             d_lse,
             *inputs,
@@ -339,12 +403,15 @@ def _autograd(ctx, d_out, d_lse, *_):
             needs_residual=needs[3],
             needs_gains=any(needs[4:9]),
             needs_scale=needs[9],
+            needs_prior=needs[13],
         )
         gains = [
             _reduce_gain(d_gains[i] if i < 5 else d_scale, inputs[4 + i]) if needs[4 + i] else None
             for i in range(6)
         ]
-    found = (d_q, d_k, d_v, d_residual if needs[3] else None, *gains, None, None, None)
+    d_residual = d_residual if needs[3] else None
+    d_prior = d_prior if needs[13] else None
+    found = (d_q, d_k, d_v, d_residual, *gains, None, None, None, d_prior)
     if torch.is_grad_enabled():
         found = _RefuseSecondDerivative.apply(d_out, d_lse, *inputs, *found)
     return found[:given]
@@ -400,6 +467,7 @@ def _attention_backward_flops(
 
 
 _attention_op = torch.ops.shaped_attn.attention.default
+_backward_op = torch.ops.shaped_attn.attention_backward.default
 
 
 def attention_from_gains(
@@ -414,6 +482,7 @@ def attention_from_gains(
     key_start: Tensor | None,
     key_end: Tensor | None,
     attn_mask: Tensor | None,
+    prior: PriorTable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Call the operator with gains that are numbers or tensors; return `out` and `lse`."""
     fixed = {
@@ -422,8 +491,13 @@ def attention_from_gains(
         if not isinstance(gain, Tensor)
     }
     tensors = [gain if isinstance(gain, Tensor) else None for gain in gains]
+    values = None if prior is None else prior.values
+    if values is not None:
+        fixed["prior_form"] = prior.form
+        if values.requires_grad and _uses_kernels(q):
+            check_learnable(prior)
     needs_grad = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, residual, *gains)
+        isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, residual, *gains, values)
     )
     out, lse, *_ = _attention_op(
         q,
@@ -434,6 +508,7 @@ def attention_from_gains(
         attn_mask,
         key_start,
         key_end,
+        values,
         **fixed,
         is_causal=is_causal,
         q_offset=q_offset,

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import reference
 from .arguments import Gains
 from .functional import shaped_attention
+from .priors import ESPA, USPA, resolve_prior
 
 _DTYPE_NAMES = {
     torch.float16: "fp16",
@@ -200,6 +201,7 @@ def eager_attention(
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    prior: ESPA | USPA | Tensor | None = None,
     return_lse: bool = False,
     **gains: float | Tensor,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -210,6 +212,21 @@ def eager_attention(
     """
     if scale is None:
         scale = 1.0 / (q.shape[3] * math.sqrt(q.shape[1]))
+    q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    table = resolve_prior(
+        prior,
+        q,
+        k,
+        is_causal=is_causal,
+        q_offset=q_offset,
+        key_start=key_start,
+        key_end=key_end,
+    )
+    log_prior = None
+    if table is not None:
+        log_prior = table.log_rows(
+            0, q.shape[2], k.shape[2], q_offset=q_offset, key_start=key_start
+        )
     out, lse = reference.attention(
         q,
         k,
@@ -217,10 +234,11 @@ def eager_attention(
         residual,
         Gains(scale=scale, **{name.removesuffix("_gain"): gain for name, gain in gains.items()}),
         is_causal=is_causal,
-        q_offset=k.shape[2] - q.shape[2] if q_offset is None else q_offset,
+        q_offset=q_offset,
         key_start=key_start,
         key_end=key_end,
         attn_mask=None if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2]),
+        log_prior=log_prior,
         compute_dtype=q.dtype,
     )
     return (out, lse) if return_lse else out

@@ -347,51 +347,6 @@ def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | 
     return attn_mask.expand(target)
 
 
-def check_prior(prior: object, impl: str, q: Tensor, k: Tensor) -> Tensor | None:
-    """Check the prior: None, or the log of the prior matrix for the reference implementation."""
-    if prior is None:
-        return None
-    if not isinstance(prior, Tensor):
-        fail(
-            TypeError,
-            "prior",
-            "must be None (uniform) or a Tensor with the log of the prior matrix",
-            type(prior).__name__,
-            "Leave it out for the uniform prior.",
-        )
-    if impl != "reference":
-        fail(
-            ValueError,
-            "prior",
-            "as a Tensor is supported by impl='reference' only",
-            f"impl={impl!r}",
-            "Pass impl='reference', or leave prior out for the uniform prior.",
-        )
-    if not prior.is_floating_point():
-        fail(
-            TypeError,
-            "prior",
-            "as a Tensor must have a floating dtype",
-            prior.dtype,
-            "Pass the natural logarithm of the prior weights, -inf for weight 0.",
-        )
-    target = (q.shape[1], q.shape[2], k.shape[2])
-    shape = tuple(prior.shape)
-    if len(shape) > 3 or any(
-        size not in (1, wanted)
-        for size, wanted in zip(reversed(shape), reversed(target), strict=False)
-    ):
-        fail(
-            ValueError,
-            "prior",
-            f"as a Tensor must broadcast to (H, T, S) = {_sizes(target)}",
-            f"shape {_shape(prior)}",
-            "A prior shared by all heads is (T, S).",
-        )
-    _check_device("prior", prior, q)
-    return prior
-
-
 def resolve_impl(impl: str, q: Tensor, v: Tensor, residual: Tensor | None) -> str:
     """Return the implementation to run, "triton", "torch" or "reference", if it can run this."""
     if not isinstance(impl, str):

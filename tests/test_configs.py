@@ -14,8 +14,9 @@ from shaped_attn.kernels.configs import TileConfig, override_config, pick_config
 def test_every_supported_call_has_a_configuration(arch, itemsize):
     dims = configs.SUPPORTED_HEAD_DIMS
     assert (dims[0], dims[-1], len(dims)) == (16, 256, 31)
-    for kernel, D, DV, weighed in itertools.product(configs.KERNELS, dims, dims, (False, True)):
-        tiles = pick_config(kernel, D, DV, itemsize, arch, is_weighed=weighed)
+    weighings = (None, "mask", "prior")
+    for kernel, D, DV, weighed_by in itertools.product(configs.KERNELS, dims, dims, weighings):
+        tiles = pick_config(kernel, D, DV, itemsize, arch, weighed_by=weighed_by)
         # A product takes at least 16 of each, and tiles are powers of two.
         for size in (tiles.block_t, tiles.block_s, tiles.sum_block):
             assert size >= 16 and size & (size - 1) == 0
@@ -24,15 +25,15 @@ def test_every_supported_call_has_a_configuration(arch, itemsize):
 
 def test_consumer_cards_take_the_small_memory_table():
     for kernel in configs.KERNELS:
-        base = pick_config(kernel, 128, 128, 2, 80, is_weighed=False)
+        base = pick_config(kernel, 128, 128, 2, 80, weighed_by=None)
         for arch in (86, 89, 120):
-            assert pick_config(kernel, 128, 128, 2, arch, is_weighed=False) == base
+            assert pick_config(kernel, 128, 128, 2, arch, weighed_by=None) == base
 
 
 def test_value_dim_counts_as_much_as_head_dim():
-    wide = pick_config("forward", 256, 16, 2, 90, is_weighed=False)
-    assert pick_config("forward", 16, 256, 2, 90, is_weighed=False) == wide
-    assert pick_config("forward", 16, 16, 2, 90, is_weighed=False) != wide
+    wide = pick_config("forward", 256, 16, 2, 90, weighed_by=None)
+    assert pick_config("forward", 16, 256, 2, 90, weighed_by=None) == wide
+    assert pick_config("forward", 16, 16, 2, 90, weighed_by=None) != wide
 
 
 def test_length_is_not_a_key():
@@ -42,12 +43,12 @@ def test_length_is_not_a_key():
         "value_dim",
         "itemsize",
         "arch",
-        "is_weighed",
+        "weighed_by",
     ]
 
 
 def test_override_ends_with_its_scope():
     mine = TileConfig(16, 16, 4, 1)
     with override_config(mine):
-        assert pick_config("dq", 64, 64, 2, 90, is_weighed=False) is mine
-    assert pick_config("dq", 64, 64, 2, 90, is_weighed=False) is not mine
+        assert pick_config("dq", 64, 64, 2, 90, weighed_by=None) is mine
+    assert pick_config("dq", 64, 64, 2, 90, weighed_by=None) is not mine

@@ -18,13 +18,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @triton.jit
-def _add_log2_decay(scores, positions, keys, head, parameters):
-    return scores - tl.load(parameters + head) * tl.abs(positions - keys)
+def _add_log2_decay(scores, positions, keys, first_key, head, parameters):
+    return scores - tl.load(parameters[0] + head) * tl.abs(positions - keys)
 
 
 @triton.jit
-def _times_decay(values, positions, keys, head, parameters):
-    return values * tl.math.exp2(-tl.load(parameters + head) * tl.abs(positions - keys))
+def _times_decay(values, positions, keys, first_key, head, parameters):
+    return values * tl.math.exp2(-tl.load(parameters[0] + head) * tl.abs(positions - keys))
 
 
 # A0_ij = 2**(-rate_h |p(i) - j|): rows that do not sum to 1, so D matters.
@@ -49,7 +49,7 @@ def test_a_prior_enters_forward_and_backward(dtype, bound, is_causal, center_gai
     gains = Gains(identity=0.5, softmax=1.1, center=center_gain, branch=0.9, scale=0.2)
     visibility = {"is_causal": is_causal, "q_offset": 10, "key_start": None, "key_end": None}
     options = {**visibility, "attn_mask": None}
-    hook = {"prior": DECAY, "prior_parameters": rates.to(DEVICE)}
+    hook = {"prior": DECAY, "prior_parameters": (rates.to(DEVICE),)}
     d_out = torch.randn(1, 2, 40, 16).to(dtype)
 
     tensors = [x.to(DEVICE) for x in (q, k, v)]

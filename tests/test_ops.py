@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import shaped_attn  # noqa: F401 (registers the operator)
-from shaped_attn import shaped_attention
+from shaped_attn import ESPA, USPA, shaped_attention
 from shaped_attn.testing import Case, make_inputs, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,6 +43,15 @@ OPCHECK_CALLS = {
     "plain": ({}, {"fixed_identity_gain": 0.0, "fixed_center_gain": 0.0, "fixed_scale": 0.25}),
     "mask": ({"attn_mask": torch.rand(1, 1, 20, 20, device=DEVICE) < 0.7}, {}),
     "key_range": ({"key_start": torch.tensor([3], device=DEVICE)}, {"is_causal": True}),
+    "geometric_prior": (
+        {"prior": torch.randn(2, 5, device=DEVICE).double().requires_grad_()},
+        {"is_causal": True, "prior_form": "geometric"},
+    ),
+    "column_prior": (
+        {"prior": USPA(0.1, 0.5).table(20, DEVICE).values},
+        {"is_causal": True, "prior_form": "column"},
+    ),
+    "dense_prior": ({"prior": torch.randn(20, 20, device=DEVICE)}, {}),
     "inference": ({}, {"save_for_backward": False}),
 }
 
@@ -55,7 +64,7 @@ def test_opcheck(name, dtype):
     residual = torch.randn_like(q.detach()).float().requires_grad_(name != "inference")
     names = ("softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
     gains = [tensors.get(n) for n in ("identity_gain", *names)]
-    visibility = [tensors.get(n) for n in ("attn_mask", "key_start", "key_end")]
+    visibility = [tensors.get(n) for n in ("attn_mask", "key_start", "key_end", "prior")]
     arguments = (q, k, v, residual, *gains, *visibility)
     if name == "inference":
         arguments = tuple(None if x is None else x.detach() for x in arguments)
@@ -106,15 +115,26 @@ def test_compile_takes_one_tensor_for_all_three():
     torch.testing.assert_close(compiled(x), expected)
 
 
-def test_compile_does_not_specialise_the_length():
+def attend_with_espa(q, k, v, decay, scale):
+    prior = ESPA(3.0, decay)
+    return shaped_attention(q, k, v, prior=prior, scale=scale, is_causal=True, impl="triton")
+
+
+def attend_with_uspa(q, k, v, softmax_gain, scale):
+    options = {"softmax_gain": softmax_gain, "scale": scale, "is_causal": True, "impl": "triton"}
+    return shaped_attention(q, k, v, prior=USPA(0.1, 0.5), **options)
+
+
+@pytest.mark.parametrize("function", [attend, attend_with_espa, attend_with_uspa])
+def test_compile_does_not_specialise_the_length(function):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attend, fullgraph=True, backend=counter, dynamic=True)
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
     compilations = []
     for length in (17, 20, 33):
         inputs = [*draw(length=length), gain(), gain(0.3, False)]
         for found, expected in zip(
-            gradients(compiled, *inputs), gradients(attend, *inputs), strict=True
+            gradients(compiled, *inputs), gradients(function, *inputs), strict=True
         ):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         compilations.append(counter.frame_count)
@@ -281,20 +301,26 @@ def test_a_cpu_without_the_interpreter_runs_the_composite():
         torch.manual_seed(0)
         q, k, v, r = (torch.randn(1, 2, 30, 16, dtype=torch.float64) for _ in range(4))
         gains = [torch.rand(2, dtype=torch.float64) for _ in range(6)]
-        leaves = [x.requires_grad_() for x in (q, k, v, r, *gains)]
+        rates = torch.tensor([0.2, 0.3], dtype=torch.float64)
+        leaves = [x.requires_grad_() for x in (q, k, v, r, *gains, rates)]
+        prior = shaped_attn.ESPA(0.5, rates)
+        table = prior.table(30)
         names = ("identity", "softmax", "center", "skip", "branch")
         names = [f"{name}_gain" for name in names] + ["scale"]
-        out, lse, *_ = torch.ops.shaped_attn.attention(*leaves, is_causal=True)
+        options = {"is_causal": True, "prior_form": table.form}
+        arguments = (*leaves[:10], None, None, None, table.values)
+        out, lse, *_ = torch.ops.shaped_attn.attention(*arguments, **options)
         named = dict(zip(names, gains))
         expected, expected_lse = shaped_attention(
-            q, k, v, r, **named, is_causal=True, return_lse=True, impl="reference")
+            q, k, v, r, **named, prior=prior, is_causal=True, return_lse=True, impl="reference")
         def loss(out, lse): return out.square().sum() + lse.sin().sum()
         found = torch.autograd.grad(loss(out, lse), leaves)
         wanted = torch.autograd.grad(loss(expected, expected_lse), leaves)
         torch.testing.assert_close(out, expected)
         for a, b in zip(found, wanted): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
         op = torch.ops.shaped_attn.attention.default
-        torch.library.opcheck(op, tuple(leaves), {"is_causal": True})
+        arguments = (*leaves[:10], None, None, None, table.values.detach().requires_grad_())
+        torch.library.opcheck(op, arguments, options)
         try:
             shaped_attention(q.float(), k.float(), v.float(), impl="triton")
         except ValueError as error:

@@ -341,17 +341,7 @@ ERRORS = {
     "prior_type": (
         {"prior": "espa"},
         TypeError,
-        "prior ... None (uniform) or a Tensor ... got str ... Leave it out",
-    ),
-    "prior_impl": (
-        {"prior": torch.zeros(6, 6), "impl": "torch"},
-        ValueError,
-        "prior ... impl='reference' only ... got impl='torch' ... Pass impl='reference'",
-    ),
-    "prior_auto": (
-        {"prior": torch.zeros(6, 6)},
-        ValueError,
-        "prior ... impl='reference' only ... got impl='torch' ... Pass impl='reference'",
+        "prior ... None (uniform), an ESPA, a USPA or a Tensor ... got str ... Leave it out",
     ),
     "prior_dtype": (
         {"prior": torch.ones(6, 6, dtype=torch.bool), "impl": "reference"},

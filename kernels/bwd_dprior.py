@@ -1,0 +1,140 @@
+"""Fourth backward kernel, where a geometric prior is learned: the gradient of its table."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    LOG2_E,
+    cast,
+    dot,
+    head_base,
+    key_blocks,
+    load_gain,
+    load_key_range,
+    load_mask,
+    load_tile,
+    visible_keys,
+)
+
+
+@triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
+def attention_bwd_dprior_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    d_out_ptr,
+    row_terms_ptr,
+    prior_dots_ptr,
+    mask_ptr,
+    key_start_ptr,
+    key_end_ptr,
+    prior,
+    d_table_ptr,
+    gains,
+    gain_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    d_out_strides,
+    mask_strides,
+    H,
+    GROUP,
+    T,
+    S,
+    q_offset,
+    diagonal,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    GAIN_IS_TENSOR: tl.constexpr,
+    ADD_LOG2_PRIOR: tl.constexpr,
+    TIMES_PRIOR: tl.constexpr,
+    WIDE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    tiles = tl.cdiv(T, BLOCK_T)
+    pid = tl.program_id(0)
+    # Last rows first: under a causal mask they take longest.
+    row = (tiles - 1 - pid % tiles) * BLOCK_T
+    pid_bh = pid // tiles
+    batch = pid_bh // H
+    head = pid_bh % H
+    kv_head = head // GROUP
+    plane = tl.cast(tl.num_programs(0) // tiles, tl.int64) * T
+    first_row = tl.cast(pid_bh, tl.int64) * T
+
+    q_base = head_base(q_ptr, batch, head, q_strides)
+    k_base = head_base(k_ptr, batch, kv_head, k_strides)
+    v_base = head_base(v_ptr, batch, kv_head, v_strides)
+    d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
+    if mask_ptr is not None:
+        mask_base = head_base(mask_ptr, batch, head, mask_strides)
+    scale_log2 = LOG2_E * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 5, head)
+
+    # [BLOCK_T]
+    offs_t = row + tl.arange(0, BLOCK_T)
+    inside = offs_t < T
+    row_terms = row_terms_ptr + first_row + offs_t
+    row_max = tl.load(row_terms, mask=inside, other=float("inf"))
+    softmax_weight = tl.load(row_terms + plane, mask=inside, other=0.0)
+    delta = tl.load(row_terms + 2 * plane, mask=inside, other=0.0)
+    center_weight = tl.load(row_terms + 3 * plane, mask=inside, other=0.0)
+    d_prior_sum = tl.load(prior_dots_ptr + first_row + offs_t, mask=inside, other=0.0)
+    d_corner = tl.zeros((BLOCK_T,), tl.float32)
+    d_diagonal = tl.zeros((BLOCK_T,), tl.float32)
+    d_first = tl.zeros((BLOCK_T,), tl.float32)
+    d_other = tl.zeros((BLOCK_T,), tl.float32)
+    d_fall = tl.zeros((BLOCK_T,), tl.float32)
+    # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
+    q = load_tile(q_base, row, T, q_strides[2:], D, BLOCK_T, BLOCK_D, True, WIDE)
+    d_out = load_tile(d_out_base, row, T, d_out_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE)
+    if d_out.dtype != q.dtype:
+        d_out = cast(d_out.to(tl.float32), q.dtype)
+    # [BLOCK_T, 1]
+    positions = (q_offset + offs_t)[:, None]
+
+    key_lo, key_hi = load_key_range(key_start_ptr, key_end_ptr, batch, S)
+    first, full_end, masked = key_blocks(row, T, key_lo, key_hi, diagonal, BLOCK_T, BLOCK_S, True)
+    for block in tl.range(0, masked):
+        key = tl.where(block == 0, first, full_end + (block - 1) * BLOCK_S)
+        # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV], [1, BLOCK_S]
+        k = load_tile(k_base, key, S, k_strides[2:], D, BLOCK_S, BLOCK_D, True, WIDE)
+        v = load_tile(v_base, key, S, v_strides[2:], DV, BLOCK_S, BLOCK_DV, True, WIDE)
+        keys = (key + tl.arange(0, BLOCK_S))[None, :]
+        # [BLOCK_T, BLOCK_S]
+        zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        visible = visible_keys(offs_t[:, None], keys, T, key_lo, key_hi, diagonal)
+        if mask_ptr is not None:
+            visible = visible & load_mask(
+                mask_base, row, key, T, S, mask_strides, BLOCK_T, BLOCK_S, False, WIDE
+            )
+        scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
+        scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
+        weights = tl.where(visible, tl.math.exp2(scores - row_max[:, None]), 0.0)
+        at_zero = TIMES_PRIOR(tl.where(visible, 1.0, 0.0), positions, keys, key_lo, head, prior)
+        d_weights = dot(d_out, tl.trans(v), zeros, DOT_PRECISION)
+        # Of the natural log of A0: through the softmax, through D and through the centre.
+        d_logs = weights * (softmax_weight[:, None] * d_weights - delta[:, None])
+        d_logs += at_zero * (d_prior_sum[:, None] - center_weight[:, None] * d_weights)
+        steps = tl.abs(positions - keys) - 1
+        is_first = keys == key_lo
+        on = tl.where(steps < 0, d_logs, 0.0)
+        off = d_logs - on
+        d_corner += tl.sum(tl.where(is_first, on, 0.0), 1)
+        d_diagonal += tl.sum(tl.where(is_first, 0.0, on), 1)
+        d_first += tl.sum(tl.where(is_first, off, 0.0), 1)
+        d_other += tl.sum(tl.where(is_first, 0.0, off), 1)
+        d_fall -= tl.sum(off * steps.to(tl.float32), 1)
+
+    # (5, B, H, T), summed over rows and batch afterwards in a fixed order.
+    out = d_table_ptr + first_row + offs_t
+    tl.store(out, d_corner, mask=inside)
+    tl.store(out + plane, d_diagonal, mask=inside)
+    tl.store(out + 2 * plane, d_first, mask=inside)
+    tl.store(out + 3 * plane, d_other, mask=inside)
+    tl.store(out + 4 * plane, d_fall, mask=inside)
