@@ -20,6 +20,7 @@ from shaped_attn.nn import (
     attention,
     rotary_table,
 )
+from shaped_attn.priors import ESPA, USPA, prior_matrix
 from shaped_attn.testing import relative_error, rounding_error
 
 BATCH, LENGTH, WIDTH = 3, 7, 24
@@ -213,6 +214,55 @@ def test_gradients_equal_those_of_the_formula(heads, out_proj):
     for name, found, gradient in zip(leaves, actual, wanted, strict=True):
         assert gradient.norm() > 0, name
         assert_equal(found, gradient, passes=3)
+
+
+# Other weights and priors than those of shaped attention
+
+
+@pytest.mark.parametrize("out_proj", ["none", "gpt2"])
+@pytest.mark.parametrize("value_proj", ["none", "identity", "gpt2"])
+def test_values(value_proj, out_proj):
+    """A module whose own W_V is the matrix by which ``value_proj`` multiplies x."""
+    options = {"heads": 4, "out_proj": out_proj, "is_causal": True, "scale": "standard"}
+    module = build(value_proj=value_proj, **options)
+    written_out = build(**options)
+    state = module.state_dict()
+    eye = torch.eye(WIDTH, dtype=torch.float64)
+    if value_proj == "none":
+        assert module.value is None
+        state["value.weight"] = eye
+    elif value_proj == "identity":
+        assert not module.value.weight.any()
+        assert module.value_identity_gain == module.value_weight_gain == 1.0
+        module.value.weight.data.normal_()
+        module.value_identity_gain.data.fill_(0.5)
+        module.value_weight_gain.data.fill_(0.3)
+        weight = 0.5 * eye + 0.3 * module.value.weight
+        state = {name: x for name, x in state.items() if "gain" not in name}
+        state["value.weight"] = weight.detach()
+    written_out.load_state_dict(state)
+    x, residual = stream()
+    gains = {"skip_gain": SKIP, "branch_gain": BRANCH}
+    assert_equal(module(x, residual, **gains), written_out(x, residual, **gains))
+    assert_equal(module.attention_matrix(x), written_out.attention_matrix(x))
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("prior", [ESPA(0.7, 0.1), USPA(0.2, 0.6)], ids=["e_spa", "u_spa"])
+def test_prior_of_an_attention(prior, is_causal, impl):
+    gains = {"identity_gain": 0.9, "softmax_gain": 1.2, "center_gain": 0.7}
+    module = build(prior=prior, is_causal=is_causal, impl=impl, scale="standard", **gains)
+    matrix = prior_matrix(prior, LENGTH, is_causal=is_causal)[0]
+    x, residual = stream()
+    heads = []
+    for rows in torch.arange(WIDTH).split(12):
+        q, k, v = (x @ w.weight[rows].T for w in (module.query, module.key, module.value))
+        weights = (q @ k.mT / math.sqrt(12) + matrix.log()).softmax(-1)
+        mixed = 1.2 * matrix.sum(-1, keepdim=True) * weights - 0.7 * matrix
+        heads.append(0.9 * v + mixed @ v)
+    assert_equal(module(x, residual), residual + torch.cat(heads, dim=-1))
+    assert f"prior={prior}, impl=" in repr(module)
 
 
 # Where the residual is mixed in
@@ -563,6 +613,11 @@ def test_triton_equals_the_reference(out_proj):
         (ValueError, {"head_dim": 0}, "head_dim must be at least 1"),
         (TypeError, {"is_causal": 1}, "is_causal must be True or False"),
         (ValueError, {"out_proj": "normal"}, "out_proj must be one of 'none', 'gaussian', 'orth"),
+        (ValueError, {"query_proj": "orthogonal"}, "query_proj must be one of 'gaussian', 'gpt2'"),
+        (ValueError, {"key_proj": "zero"}, "key_proj must be one of 'gaussian', 'gpt2'"),
+        (ValueError, {"value_proj": "zero"}, "value_proj must be one of 'gaussian', 'orthogonal'"),
+        (ValueError, {"value_proj": "none", "kv_heads": 1}, "kv_heads must be heads, 2, for value"),
+        (TypeError, {"prior": "e_spa"}, "prior must be an ESPA, a USPA or None, got str"),
         (ValueError, {"impl": "cuda"}, "impl must be one of 'auto', 'triton'"),
         (ValueError, {"scale": "depth"}, "scale must be one of 'width', 'standard', got 'depth'"),
         (TypeError, {"scale": None}, "scale must be a number, got None"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shaped_attn.nn import Projection, ShapedMLP, gaussian, orthogonal, shaped_relu
+from shaped_attn.nn import MLP, Projection, ShapedMLP, gaussian, orthogonal, shaped_relu
 from shaped_attn.testing import relative_error, rounding_error
 
 WIDTH = 12
@@ -173,7 +173,34 @@ def test_shaped_relu_does_not_round_the_slopes(is_tensor):
     assert offset <= 5 * standard_error + 2e-3 * (1 - slopes[1])
 
 
-# The MLP
+# The plain MLP
+
+
+@pytest.mark.parametrize("mlp_ratio", [1.0, 4, 0.5])
+@pytest.mark.parametrize("activation", [None, torch.nn.Tanh()])
+def test_plain_mlp_equals_the_formula(activation, mlp_ratio):
+    mlp = MLP(WIDTH, mlp_ratio, activation=activation, dtype=torch.float64)
+    x, residual = double(2, 3, 5, WIDTH)
+    hidden = x @ mlp.pre.weight.T
+    expected = (hidden if activation is None else hidden.tanh()) @ mlp.post.weight.T
+    sums = WIDTH + mlp.hidden_width
+    assert_equal(mlp(x), expected, sums=sums)
+    out = mlp(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
+    assert_equal(out, SKIP * residual + BRANCH * expected, sums=sums)
+    operators = count(lambda: mlp(x, residual, skip_gain=SKIP, branch_gain=BRANCH))
+    assert operators == {"mm": 1, "addmm": 1} | ({} if activation is None else {"tanh": 1})
+
+
+@pytest.mark.parametrize("law", ["gaussian", "orthogonal", "gpt2"])
+def test_law_of_a_plain_mlp(law):
+    mlp = MLP(WIDTH, 2, law=law)
+    assert {mlp.pre.law.__name__, mlp.post.law.__name__} == {law}
+    assert repr(mlp).startswith(f"MLP(\n  width={WIDTH}, hidden_width={2 * WIDTH}\n")
+    with pytest.raises(ValueError, match="law must be one of 'gaussian', 'orthogonal', 'gpt2'"):
+        MLP(WIDTH, law="normal")
+
+
+# The MLP with the shaped ReLU
 
 
 def formula(mlp, x, residual, skip, branch, c_plus, c_minus):

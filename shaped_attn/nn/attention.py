@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..arguments import Gain
 from ..functional import shaped_attention
+from ..priors import ESPA, USPA
 from ..validation import IMPLEMENTATIONS, check_flag, fail
 from .checks import (
     check_choice,
@@ -20,11 +21,14 @@ from .checks import (
     check_size,
 )
 from .gains import ShapingGains
-from .initialization import Initialized, gaussian, orthogonal
+from .initialization import WEIGHT_LAWS, Initialized, Law, constant
 from .positions import Rotary, rotate
 from .projection import Projection
 
-OUT_PROJ_LAWS = {"none": None, "gaussian": gaussian, "orthogonal": orthogonal}
+QUERY_PROJECTIONS = ("gaussian", "gpt2", "zero")
+KEY_PROJECTIONS = ("gaussian", "gpt2")
+VALUE_PROJECTIONS = ("gaussian", "orthogonal", "gpt2", "none", "identity")
+OUT_PROJECTIONS = ("none", "gaussian", "orthogonal", "gpt2")
 
 # The kernels take at most 256 columns of values at once, in steps of 8.
 MATRIX_COLUMNS = 64
@@ -40,24 +44,27 @@ class ShapedAttention(Initialized, nn.Module):
         A = identity_gain I + softmax_gain softmax(Y) - center_gain A0
         Y = scale * (X W_Q) (X W_K)^T ,      scale = 1 / (tau0 sqrt(width head_dim))
 
-    A0 is the matrix of the softmax at zero logits: uniform over the keys that a query sees. Without
-    W_O the residual is mixed in the epilogue of the attention operator, with it in that of the
-    product with W_O, so that neither costs a pass over memory of its own.
+    A0 is the matrix of the softmax at zero logits: uniform over the keys that a query sees, or a
+    ``prior``, with which the softmax is D softmax(Y + log A0) as in `shaped_attn.shaped_attention`.
+    Without W_O the residual is mixed in the epilogue of the attention operator, with it in that of
+    the product with W_O, so that neither costs a pass over memory of its own.
 
-    ===================== ============================= ==========================================
-    parameter             shape                         initial law
-    ===================== ============================= ==========================================
-    ``query.weight``      (heads head_dim, width)       N(0, 1/width), independent
-    ``key.weight``        (kv_heads head_dim, width)    N(0, 1/width), independent
-    ``value.weight``      (kv_heads width/heads, width) N(0, 1/width), independent
-    ``out_proj.weight``   (width, width)                "gaussian": N(0, 1/width), independent;
-                                                        "orthogonal": Haar measure
-    ``gains.*``           (heads,)                      the start values; see `ShapingGains`
-    ===================== ============================= ==========================================
+    ======================= ============================= ========================================
+    parameter               shape                         initial law
+    ======================= ============================= ========================================
+    ``query.weight``        (heads head_dim, width)       that of ``query_proj``
+    ``key.weight``          (kv_heads head_dim, width)    that of ``key_proj``
+    ``value.weight``        (kv_heads width/heads, width) that of ``value_proj``; "identity": 0
+    ``value_identity_gain`` ()                            1 ("identity" only)
+    ``value_weight_gain``   ()                            1 ("identity" only)
+    ``out_proj.weight``     (width, width)                that of ``out_proj``
+    ``gains.*``             (heads,)                      the start values; see `ShapingGains`
+    ======================= ============================= ========================================
 
-    A product with such a weight is the product with an N(0, 1) matrix divided by sqrt(width), as
-    the papers write it. Any of the four weights may be replaced by a stack (networks, out, in) if
-    all are; x is then (networks, T, width).
+    The laws are "gaussian", N(0, 1/width), "gpt2", N(0, 0.02^2), "orthogonal", the Haar measure,
+    and "zero". A product with a "gaussian" weight is the product with an N(0, 1) matrix divided by
+    sqrt(width), as the papers write it. Any of the weights may be replaced by a stack
+    (networks, out, in) if all are; x is then (networks, T, width).
 
     Args:
         width: n, size of the last dimension of x.
@@ -67,7 +74,15 @@ class ShapedAttention(Initialized, nn.Module):
         head_dim: n_k, columns of q and k per head. Values always have width // heads. Default None:
             width // heads.
         is_causal: whether no query sees a later key. Default False.
-        out_proj: W_O: "none" (the default: no such factor), "orthogonal" or "gaussian".
+        query_proj: law of W_Q: "gaussian" (the default), "gpt2" or "zero", with which all logits
+            start at 0, and W_K gets no gradient until W_Q has moved.
+        key_proj: law of W_K: "gaussian" (the default) or "gpt2".
+        value_proj: law of W_V: "gaussian" (the default), "orthogonal" or "gpt2"; "none" for no such
+            factor, with which head h mixes the h-th slice of x itself; or "identity", which is
+            W_V = value_identity_gain I + value_weight_gain W with W = 0 at the start.
+        out_proj: W_O: "none" (the default: no such factor), or its law, "gaussian", "orthogonal" or
+            "gpt2".
+        prior: `shaped_attn.ESPA` or `shaped_attn.USPA`. Default None: the uniform A0.
         scale: "width" (the default) is 1 / (tau0 sqrt(width head_dim)), "standard" is
             1 / (tau0 sqrt(head_dim)), a number is the scale itself. Only the first has a covariance
             SDE.
@@ -84,12 +99,15 @@ class ShapedAttention(Initialized, nn.Module):
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a size is not positive or does not divide the other, an unknown choice, a
-            number that is not finite, ``tau0`` given beside a scale that is a number.
+            number that is not finite, ``tau0`` given beside a scale that is a number, grouped heads
+            whose values are slices of x.
 
     References:
         - Noci et al., The Shaped Transformer, arXiv 2306.17759; papers.md (P3), (P4).
         - covariance-sde.md (1), (5), (6); heads and W_O: (32)-(34).
-        - He and Hofmann, Simplifying Transformer Blocks, arXiv 2311.01906, equation (5).
+        - He et al., Deep Transformers without Shortcuts, arXiv 2302.10322; papers.md (P8).
+        - He and Hofmann, Simplifying Transformer Blocks, arXiv 2311.01906, equations (5), (6);
+          papers.md (P9), (P10).
     """
 
     def __init__(
@@ -100,7 +118,11 @@ class ShapedAttention(Initialized, nn.Module):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         is_causal: bool = False,
+        query_proj: str = "gaussian",
+        key_proj: str = "gaussian",
+        value_proj: str = "gaussian",
         out_proj: str = "none",
+        prior: ESPA | USPA | None = None,
         scale: str | float = "width",
         tau0: float = 1.0,
         identity_gain: float | Sequence[float] = 1.0,
@@ -122,18 +144,49 @@ class ShapedAttention(Initialized, nn.Module):
         self.head_dim = check_size("head_dim", value_dim if head_dim is None else head_dim)
         check_flag("is_causal", is_causal)
         self.is_causal = is_causal
-        check_choice("out_proj", out_proj, tuple(OUT_PROJ_LAWS))
+        check_choice("query_proj", query_proj, QUERY_PROJECTIONS)
+        check_choice("key_proj", key_proj, KEY_PROJECTIONS)
+        check_choice("value_proj", value_proj, VALUE_PROJECTIONS)
+        check_choice("out_proj", out_proj, OUT_PROJECTIONS)
+        has_sliced_values = value_proj in ("none", "identity")
+        if has_sliced_values and self.kv_heads != heads:
+            fail(
+                ValueError,
+                "kv_heads",
+                f'must be heads, {heads}, for value_proj="{value_proj}"',
+                self.kv_heads,
+                "Leave it out: each head has its own slice of x as values.",
+            )
+        if prior is not None and not isinstance(prior, ESPA | USPA):
+            fail(
+                TypeError,
+                "prior",
+                "must be an ESPA, a USPA or None",
+                type(prior).__name__,
+                "Call shaped_attention for another prior.",
+            )
+        self.prior = prior
         check_choice("impl", impl, IMPLEMENTATIONS)
         self.impl = impl
         self.scale = _resolve_scale(scale, tau0, width, self.head_dim)
 
         factory = {"device": device, "dtype": dtype}
-        self.query = Projection(width, self.heads * self.head_dim, **factory)
-        self.key = Projection(width, self.kv_heads * self.head_dim, **factory)
-        self.value = Projection(width, self.kv_heads * value_dim, **factory)
-        self.out_proj = None
+
+        def projection(out_features: int, law: str) -> Projection:
+            return Projection(width, out_features, law=WEIGHT_LAWS[law], **factory)
+
+        self.query = projection(self.heads * self.head_dim, query_proj)
+        self.key = projection(self.kv_heads * self.head_dim, key_proj)
+        self.value = self.out_proj = None
+        self.value_identity_gain = self.value_weight_gain = None
+        if value_proj == "identity":
+            self.value = projection(width, "zero")
+            self.value_identity_gain = nn.Parameter(torch.ones((), **factory))
+            self.value_weight_gain = nn.Parameter(torch.ones((), **factory))
+        elif value_proj != "none":
+            self.value = projection(self.kv_heads * value_dim, value_proj)
         if out_proj != "none":
-            self.out_proj = Projection(width, width, law=OUT_PROJ_LAWS[out_proj], **factory)
+            self.out_proj = projection(width, out_proj)
         self.gains = ShapingGains(
             heads,
             identity_gain=identity_gain,
@@ -143,6 +196,10 @@ class ShapedAttention(Initialized, nn.Module):
             learned_gains=learned_gains,
             **factory,
         )
+
+    def laws(self) -> dict[str, Law]:
+        """Return the start values of the gains of the values."""
+        return {"value_identity_gain": constant(1.0), "value_weight_gain": constant(1.0)}
 
     def forward(
         self,
@@ -176,7 +233,7 @@ class ShapedAttention(Initialized, nn.Module):
             TypeError, ValueError: from the check of shapes here, and from `shaped_attention`.
         """
         q, k, operator = self._operator(x, rotary, key_start, key_end, attn_mask)
-        v = _split(self.value(x), self.kv_heads)
+        v = _split(self._values(x), self.kv_heads)
         if self.out_proj is None:
             if residual is not None:
                 check_shape("residual", residual, tuple(x.shape))
@@ -213,6 +270,13 @@ class ShapedAttention(Initialized, nn.Module):
         ]
         return torch.cat(parts, dim=-1)[..., :length]
 
+    def _values(self, x: Tensor) -> Tensor:
+        if self.value is None:
+            return x
+        if self.value_identity_gain is None:
+            return self.value(x)
+        return self.value(x, x, self.value_identity_gain, self.value_weight_gain)
+
     def _operator(
         self,
         x: Tensor,
@@ -237,16 +301,18 @@ class ShapedAttention(Initialized, nn.Module):
                 "key_start": key_start,
                 "key_end": key_end,
                 "attn_mask": attn_mask,
+                "prior": self.prior,
                 "impl": self.impl,
             },
         )
 
     def extra_repr(self) -> str:
-        """Return sizes, scale and implementation."""
+        """Return sizes, scale, prior and implementation."""
+        prior = "" if self.prior is None else f"prior={self.prior}, "
         return (
             f"width={self.width}, heads={self.heads}, kv_heads={self.kv_heads}, "
             f"head_dim={self.head_dim}, is_causal={self.is_causal}, scale={self.scale:.4g}, "
-            f"impl={self.impl!r}"
+            f"{prior}impl={self.impl!r}"
         )
 
 

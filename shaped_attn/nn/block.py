@@ -1,4 +1,4 @@
-"""One block of the shaped transformer: attention, then the MLP, each mixed with the stream."""
+"""One block of a transformer: attention and MLP, each mixed with the stream."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..validation import check_flag, fail
 from .attention import ShapedAttention
 from .checks import check_choice, check_number, check_shape, check_size
-from .initialization import Initialized
-from .mlp import ShapedMLP
+from .initialization import Initialized, Law, constant
+from .mlp import MLP, ShapedMLP
 from .positions import Rotary
 from .projection import is_autocast
 
@@ -23,7 +23,139 @@ NORM_EPS = 1e-6
 VARIANCE_TOLERANCE = 1e-5
 
 
-class ShapedBlock(Initialized, nn.Module):
+class TransformerBlock(Initialized, nn.Module):
+    r"""An attention and an MLP with norms, skips and gains, one after the other or in parallel.
+
+    For the stream X (B, T, width), one after the other::
+
+        Z  = attention_skip_gain X + attention_branch_gain attention(Norm(X))
+        X' = mlp_skip_gain Z + mlp_branch_gain mlp(Norm(Z))
+
+    and in parallel, with one norm and no skip::
+
+        X' = attention_branch_gain attention(Norm(X)) + mlp_branch_gain mlp(Norm(X))
+
+    =============================== ========= ====================================================
+    parameter                       shape     initial law
+    =============================== ========= ====================================================
+    ``attention.*``                           see `ShapedAttention`
+    ``mlp.*``                                 see `MLP`, `ShapedMLP`
+    ``{attention,mlp}_norm.weight`` (width,)  1
+    ``{attention,mlp}_norm.bias``   (width,)  0 (`torch.nn.LayerNorm` only)
+    ``attention_branch_gain``       ()        the start value (with ``learns_branch_gains``)
+    ``mlp_branch_gain``             ()        the start value (with ``learns_branch_gains``)
+    =============================== ========= ====================================================
+
+    The weights of all projections may be replaced by stacks (networks, out, in) and drawn by
+    ``reset_parameters``; X is then (networks, T, width), one network per batch entry.
+
+    Args:
+        attention: the attention, or None for a block without.
+        mlp: the MLP, or None for a block without.
+        attention_norm: normalises what the attention reads; in parallel, the MLP too. Default None.
+        mlp_norm: normalises what the MLP reads; unused in parallel. Default None.
+        attention_skip_gain: weight of the skip around the attention, None for no skip; unused in
+            parallel. Default 1.0.
+        attention_branch_gain: weight of the attention. Default 1.0.
+        mlp_skip_gain: weight of the skip around the MLP, None for no skip; unused in parallel.
+            Default 1.0.
+        mlp_branch_gain: weight of the MLP. Default 1.0.
+        learns_branch_gains: whether the two branch gains are parameters, which needs both halves.
+            Default False.
+        is_parallel: whether both halves read the same, which needs both. Default False.
+
+    References:
+        He and Hofmann, Simplifying Transformer Blocks, arXiv 2311.01906, equations (1), (7);
+        papers.md, section 4.
+    """
+
+    def __init__(
+        self,
+        attention: ShapedAttention | None,
+        mlp: MLP | None,
+        *,
+        attention_norm: nn.Module | None = None,
+        mlp_norm: nn.Module | None = None,
+        attention_skip_gain: float | None = 1.0,
+        attention_branch_gain: float = 1.0,
+        mlp_skip_gain: float | None = 1.0,
+        mlp_branch_gain: float = 1.0,
+        learns_branch_gains: bool = False,
+        is_parallel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.width = (attention or mlp).width
+        self.attention_norm, self.attention = attention_norm, attention
+        self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.is_parallel = is_parallel
+        self.attention_skip_gain = None if is_parallel else attention_skip_gain
+        self.mlp_skip_gain = None if is_parallel else mlp_skip_gain
+        self.branch_start = {
+            "attention_branch_gain": attention_branch_gain,
+            "mlp_branch_gain": mlp_branch_gain,
+        }
+        for name, value in self.branch_start.items():
+            if learns_branch_gains:
+                value = nn.Parameter(mlp.post.weight.new_full((), value))
+            setattr(self, name, value)
+
+    def laws(self) -> dict[str, Law]:
+        """Return the start values of learned branch gains as laws."""
+        if not isinstance(self.mlp_branch_gain, nn.Parameter):
+            return {}
+        return {name: constant(value) for name, value in self.branch_start.items()}
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Return X' for the stream X, both (B, T, width).
+
+        Args:
+            x: (B, T, width). It may be of a wider dtype than the parameters, and a skip keeps it:
+                each branch reads it rounded to the dtype of its weights. Autocast does not narrow
+                a skip.
+            key_start, key_end, attn_mask, rotary: as in `ShapedAttention`; without attention they
+                have no effect.
+
+        Raises:
+            TypeError, ValueError: as in `ShapedAttention`.
+        """
+        check_shape("x", x, ("B", "T", self.width))
+        if self.attention is not None:
+            x, read = _read(x, self.attention_norm, self.attention.query.weight.dtype)
+            x = self.attention(
+                read,
+                **_skip(x, self.attention_skip_gain),
+                branch_gain=self.attention_branch_gain,
+                key_start=key_start,
+                key_end=key_end,
+                attn_mask=attn_mask,
+                rotary=rotary,
+            )
+        if self.is_parallel:
+            return self.mlp(read, x, branch_gain=self.mlp_branch_gain)
+        if self.mlp is not None:
+            x, read = _read(x, self.mlp_norm, self.mlp.pre.weight.dtype)
+            x = self.mlp(read, **_skip(x, self.mlp_skip_gain), branch_gain=self.mlp_branch_gain)
+        return x
+
+    def extra_repr(self) -> str:
+        """Return the wiring: skips, branch gains, and whether it is parallel."""
+        kind = " (learned)" if isinstance(self.mlp_branch_gain, nn.Parameter) else ""
+        parts = [f"{name}={value:.6g}{kind}" for name, value in self.branch_start.items()]
+        for name in ("attention_skip_gain", "mlp_skip_gain"):
+            gain = getattr(self, name)
+            parts.append(f"{name}={gain if gain is None else format(gain, '.6g')}")
+        return ", ".join((*parts, f"is_parallel={self.is_parallel}"))
+
+
+class ShapedBlock(TransformerBlock):
     r"""Shaped attention and shaped MLP, each with a weighted skip around it.
 
     For the stream X (B, T, width)::
@@ -104,9 +236,8 @@ class ShapedBlock(Initialized, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.width = check_size("width", width)
-        self.skip_gain, self.branch_gain = _check_gains(skip_gain, branch_gain, preserves_variance)
+        check_size("width", width)
+        skip_gain, branch_gain = _check_gains(skip_gain, branch_gain, preserves_variance)
         check_flag("attention", attention)
         check_flag("mlp", mlp)
         if not attention and not mlp:
@@ -118,12 +249,11 @@ class ShapedBlock(Initialized, nn.Module):
                 "Keep one of the two halves.",
             )
         check_choice("norm", norm, NORMS)
-        self.norm = norm
         factory = {"device": device, "dtype": dtype}
-        self.attention_norm = self.attention = self.mlp_norm = self.mlp = None
+        halves = {"attention": None, "mlp": None}
         if attention:
-            self.attention_norm = make_norm(norm, width, **factory)
-            self.attention = ShapedAttention(
+            halves["attention_norm"] = make_norm(norm, width, **factory)
+            halves["attention"] = ShapedAttention(
                 width,
                 heads,
                 kv_heads=kv_heads,
@@ -141,8 +271,8 @@ class ShapedBlock(Initialized, nn.Module):
                 **factory,
             )
         if mlp:
-            self.mlp_norm = make_norm(norm, width, **factory)
-            self.mlp = ShapedMLP(
+            halves["mlp_norm"] = make_norm(norm, width, **factory)
+            halves["mlp"] = ShapedMLP(
                 width,
                 mlp_ratio,
                 c_plus=c_plus,
@@ -150,37 +280,15 @@ class ShapedBlock(Initialized, nn.Module):
                 trainable_slopes=trainable_slopes,
                 **factory,
             )
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        key_start: Tensor | None = None,
-        key_end: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        rotary: Rotary | None = None,
-    ) -> Tensor:
-        """Return X' for the stream X, both (B, T, width).
-
-        Args:
-            x: (B, T, width). It may be of a wider dtype than the parameters and keeps it: each
-                branch reads it rounded to the dtype of its weights. Autocast does not narrow it.
-            key_start, key_end, attn_mask, rotary: as in `ShapedAttention`; without attention they
-                have no effect.
-
-        Raises:
-            TypeError, ValueError: as in `ShapedAttention`.
-        """
-        check_shape("x", x, ("B", "T", self.width))
-        gains = {"skip_gain": self.skip_gain, "branch_gain": self.branch_gain}
-        if self.attention is not None:
-            x, read = _read(x, self.attention_norm, self.attention.value.weight.dtype)
-            visibility = {"key_start": key_start, "key_end": key_end, "attn_mask": attn_mask}
-            x = self.attention(read, x, **gains, **visibility, rotary=rotary)
-        if self.mlp is not None:
-            x, read = _read(x, self.mlp_norm, self.mlp.pre.weight.dtype)
-            x = self.mlp(read, x, **gains)
-        return x
+        super().__init__(
+            **halves,
+            attention_skip_gain=skip_gain,
+            attention_branch_gain=branch_gain,
+            mlp_skip_gain=skip_gain,
+            mlp_branch_gain=branch_gain,
+        )
+        self.skip_gain, self.branch_gain = skip_gain, branch_gain
+        self.norm = norm
 
     def extra_repr(self) -> str:
         """Return the gains and the kind of norm."""
@@ -203,13 +311,23 @@ def make_norm(
     return layer(width, eps=NORM_EPS, device=device, dtype=dtype)
 
 
+def normalize(x: Tensor, norm: nn.Module) -> Tensor:
+    """Return norm(x); autocast has narrowed x if no skip kept it, but not the weights of a norm."""
+    return norm(x.to(torch.promote_types(x.dtype, norm.weight.dtype)))
+
+
 def _read(x: Tensor, norm: nn.Module | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the stream, no narrower than ``dtype``, and what a branch of that dtype reads."""
     if is_autocast(x):
-        return x, x if norm is None else norm(x)
+        return x, x if norm is None else normalize(x, norm)
     x = x.to(torch.promote_types(x.dtype, dtype))
     read = x.to(dtype)
     return x, read if norm is None else norm(read)
+
+
+def _skip(x: Tensor, gain: float | None) -> dict:
+    """Return the arguments of a half that mix x into its result."""
+    return {} if gain is None else {"residual": x, "skip_gain": gain}
 
 
 def _check_gains(

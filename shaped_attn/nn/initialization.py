@@ -7,6 +7,7 @@ last dimensions; any dimensions before them are independent repetitions, so that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,16 +26,35 @@ def gaussian(weight: Tensor, generator: Generator | None = None) -> None:
 
 
 def orthogonal(weight: Tensor, generator: Generator | None = None) -> None:
-    """Fill ``weight`` (..., n, n) with an orthogonal matrix, uniform in the sense of Haar.
+    """Fill ``weight`` (..., out, in) with an orthogonal matrix, uniform in the sense of Haar.
 
     It is the orthogonal factor of a Gaussian matrix, with the signs that make the diagonal of the
-    triangular factor positive; without them the law would not be uniform.
+    triangular factor positive; without them the law would not be uniform. With fewer rows than
+    columns the rows are orthonormal. With more, the columns are, times sqrt(out / in), so that the
+    mean square of x and that of x W^T are the same (arXiv 2302.10322).
     """
+    rows, columns = weight.shape[-2:]
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    normal = torch.randn(weight.shape, generator=generator, dtype=dtype, device=weight.device)
+    shape = (*weight.shape[:-2], max(rows, columns), min(rows, columns))
+    normal = torch.randn(shape, generator=generator, dtype=dtype, device=weight.device)
     q, r = torch.linalg.qr(normal)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
-    weight.copy_(q * torch.ones_like(diagonal).copysign(diagonal).unsqueeze(-2))
+    q = q * torch.ones_like(diagonal).copysign(diagonal).unsqueeze(-2)
+    weight.copy_(q.mT if rows < columns else q * math.sqrt(rows / columns))
+
+
+def gpt2(weight: Tensor, generator: Generator | None = None) -> None:
+    """Fill ``weight`` with N(0, 0.02^2) whatever its size: the law of GPT-2 and Pre-LN blocks."""
+    weight.normal_(0.0, 0.02, generator=generator)
+
+
+def zero(weight: Tensor, generator: Generator | None = None) -> None:
+    """Fill ``weight`` with 0: the law of queries whose logits start at 0."""
+    weight.zero_()
+
+
+WEIGHT_LAWS = {"gaussian": gaussian, "orthogonal": orthogonal, "gpt2": gpt2, "zero": zero}
+"""Laws of matrices by the names that modules take."""
 
 
 def normal(tensor: Tensor, generator: Generator | None = None) -> None:

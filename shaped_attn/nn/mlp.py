@@ -1,4 +1,4 @@
-"""The MLP with the shaped ReLU, with its residual."""
+"""The MLP, plain and with the shaped ReLU, with its residual."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..arguments import Gain
 from ..validation import check_flag, fail
-from .checks import check_number, check_positive, check_shape, check_size
-from .initialization import Initialized, Law, constant
+from .checks import check_choice, check_number, check_positive, check_shape, check_size
+from .initialization import WEIGHT_LAWS, Initialized, Law, constant
 from .projection import Projection
 
 
@@ -37,7 +37,92 @@ def shaped_relu(x: Tensor, s_plus: Gain, s_minus: Gain) -> Tensor:
     return shaped if s_plus == 1.0 else s_plus * shaped
 
 
-class ShapedMLP(Initialized, nn.Module):
+class MLP(Initialized, nn.Module):
+    r"""Two matrices with an activation between them, mixed with a residual.
+
+    For x (..., width), with hidden = mlp_ratio width::
+
+        forward(x, residual) = skip_gain residual + branch_gain activation(x W_pre) W_post
+
+    ===================== ================= ==================================================
+    parameter             shape             initial law
+    ===================== ================= ==================================================
+    ``pre.weight``        (hidden, width)   ``law``
+    ``post.weight``       (width, hidden)   ``law``
+    ===================== ================= ==================================================
+
+    There are no biases. The two weights may be replaced by stacks (networks, out, in); x is then
+    (networks, ..., width).
+
+    Args:
+        width: n, size of the last dimension of x.
+        mlp_ratio: hidden width over ``width``; the product must be whole. Default 1.0.
+        activation: module between the two. Default None: the identity.
+        law: "gaussian" (the default; N(0, 1/in)), "orthogonal" or "gpt2" (N(0, 0.02^2)).
+        device: of the parameters. Default: torch's default device.
+        dtype: of the parameters. Default: torch's default dtype.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a size is not positive or not whole, or an unknown law.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mlp_ratio: float = 1.0,
+        *,
+        activation: nn.Module | None = None,
+        law: str = "gaussian",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.width = check_size("width", width)
+        self.hidden_width = _hidden_width(width, mlp_ratio)
+        check_choice("law", law, tuple(WEIGHT_LAWS))
+        options = {"law": WEIGHT_LAWS[law], "device": device, "dtype": dtype}
+        self.pre = Projection(width, self.hidden_width, **options)
+        self.activation = activation
+        self.post = Projection(self.hidden_width, width, **options)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return ``activation(x W_pre)``, (..., hidden)."""
+        hidden = self.pre(x)
+        return hidden if self.activation is None else self.activation(hidden)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        skip_gain: Gain = 1.0,
+        branch_gain: Gain = 1.0,
+    ) -> Tensor:
+        """Return ``skip_gain * residual + branch_gain * activation(x W_pre) W_post``.
+
+        Args:
+            x: (..., width), dtype of the parameters unless under autocast.
+            residual: shape of x, dtype of x or a wider one, which the result then has; autocast
+                does not narrow it. Default None: no such term.
+            skip_gain: number or Tensor of shape (), weight of ``residual``. Default 1.0, the only
+                value without a residual.
+            branch_gain: number or Tensor of shape (), weight of the rest. Default 1.0. Numbers are
+                mixed in the epilogue of the last product.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+        leading = tuple("..." for _ in x.shape[:-1])
+        check_shape("x", x, (*leading, self.width))
+        return self.post(self.hidden(x), residual, skip_gain, branch_gain)
+
+    def extra_repr(self) -> str:
+        """Return the sizes."""
+        return f"width={self.width}, hidden_width={self.hidden_width}"
+
+
+class ShapedMLP(MLP):
     r"""Two matrices with a shaped ReLU between them, mixed with a residual.
 
     For x (..., width), with hidden = mlp_ratio width::
@@ -93,9 +178,8 @@ class ShapedMLP(Initialized, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.width = check_size("width", width)
-        self.hidden_width = _hidden_width(width, mlp_ratio)
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(width, mlp_ratio, **factory)
         self.start = {
             "c_plus": check_number("c_plus", c_plus),
             "c_minus": check_number("c_minus", c_minus),
@@ -109,9 +193,6 @@ class ShapedMLP(Initialized, nn.Module):
                 "Change one of them.",
             )
         check_flag("trainable_slopes", trainable_slopes)
-        factory = {"device": device, "dtype": dtype}
-        self.pre = Projection(width, self.hidden_width, **factory)
-        self.post = Projection(self.hidden_width, width, **factory)
         for name, value in self.start.items():
             if trainable_slopes:
                 value = nn.Parameter(torch.full((), value, **factory))
@@ -152,28 +233,16 @@ class ShapedMLP(Initialized, nn.Module):
     ) -> Tensor:
         """Return ``skip_gain * residual + branch_gain * sqrt(c_n) * sigma_s(x W_pre) W_post``.
 
-        Args:
-            x: (..., width), dtype of the parameters unless under autocast.
-            residual: shape of x, dtype of x or a wider one, which the result then has; autocast
-                does not narrow it. Default None: no such term.
-            skip_gain: number or Tensor of shape (), weight of ``residual``. Default 1.0, the only
-                value without a residual.
-            branch_gain: number or Tensor of shape (), weight of the rest. Default 1.0. Numbers,
-                and slopes that are not trained, are mixed in the epilogue of the last product.
-
-        Raises:
-            ValueError: shapes do not fit.
+        Arguments as in `MLP`. Slopes that are trained are not mixed in the epilogue.
         """
-        leading = tuple("..." for _ in x.shape[:-1])
-        check_shape("x", x, (*leading, self.width))
         branch_gain = branch_gain * self.output_scale()
-        return self.post(self.hidden(x), residual, skip_gain, branch_gain)
+        return super().forward(x, residual, skip_gain=skip_gain, branch_gain=branch_gain)
 
     def extra_repr(self) -> str:
         """Return sizes and shape constants."""
         kind = " (trained)" if self.trainable_slopes else ""
         constants = ", ".join(f"{name}={value:g}{kind}" for name, value in self.start.items())
-        return f"width={self.width}, hidden_width={self.hidden_width}, {constants}"
+        return f"{super().extra_repr()}, {constants}"
 
 
 def _hidden_width(width: int, mlp_ratio: float) -> int:

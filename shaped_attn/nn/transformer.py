@@ -1,11 +1,11 @@
-"""The shaped transformer, encoder or decoder, with its head and its loss."""
+"""The transformer of every method, encoder or decoder, with its head and its loss."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -15,16 +15,35 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..validation import check_flag, fail
-from .block import NORMS, ShapedBlock, make_norm
+from .block import NORMS, ShapedBlock, TransformerBlock, make_norm, normalize
 from .checks import check_choice, check_positive, check_shape, check_size
 from .gains import GAIN_NAMES, check_head_gain
 from .initialization import Initialized
+from .methods import build_blocks, final_norm, resolve_wiring
 from .positions import rotary_table
 from .projection import Projection
 
 KINDS = ("decoder", "encoder")
 HEADS = ("causal_lm", "masked_lm", "token_classification", None)
 POSITIONS = ("learned", "rotary", "none")
+
+SHAPED_FIELDS = (
+    "branch_gain",
+    "skip_gain",
+    "preserves_variance",
+    "out_proj",
+    "scale",
+    "tau0",
+    "identity_gain",
+    "softmax_gain",
+    "center_gain",
+    "gain_scheme",
+    "learned_gains",
+    "c_plus",
+    "c_minus",
+    "trainable_slopes",
+)
+"""Fields that describe `ShapedBlock` and have no meaning for other methods."""
 
 IGNORED_LABEL = -100
 """Label of tokens that the loss leaves out."""
@@ -36,6 +55,13 @@ class ShapedTransformerConfig:
 
     Attributes:
         vocab_size: number of tokens of the vocabulary.
+        method: "shaped" (the default), "simplified", "simplified_parallel", "value_skipinit",
+            "u_spa", "e_spa" or "pre_ln"; see `ShapedTransformer`.
+        has_skip: whether there are skips. Default None: what the method's paper has. "shaped"
+            without skips has ``branch_gain`` 1. The simplified methods never have one around their
+            attention; that around the MLP of "simplified" always is.
+        has_normalization: whether blocks read a normalised stream. Default None: if ``norm`` is
+            given, else what the method's paper has.
         width: n, width of the stream. Default 256.
         depth: number of blocks. Default 8.
         kind: "decoder" (the default; causal) or "encoder" (every token sees every other).
@@ -48,18 +74,24 @@ class ShapedTransformerConfig:
         rotary_base: base of the rotary angles. Default 10000.0.
         tie_embeddings: whether the language-model head uses the matrix of the token embedding.
             Default False.
-        final_norm: None (the default), "rms" or "layer", before the head.
+        final_norm: "rms" or "layer", before the head. Default None: none for "shaped"; for other
+            methods that of the blocks, which for "simplified_parallel" without is "layer".
         activation_checkpointing: whether training keeps only the stream between blocks and
             computes the inside of each again in the backward. Default False.
-        heads, kv_heads, head_dim, branch_gain, skip_gain, preserves_variance, norm, out_proj,
-            scale, tau0, identity_gain, softmax_gain, center_gain, gain_scheme, learned_gains, impl,
-            mlp_ratio, c_plus, c_minus, trainable_slopes: of every block, with the defaults of
-            `ShapedBlock`, except 4 heads. Gains per head are stored as tuples.
+        norm: "rms" or "layer", the normalisation of the blocks. Default None: that of the method's
+            paper, if there is one at all.
+        heads, kv_heads, head_dim, impl, mlp_ratio: of every block, with the defaults of
+            `ShapedBlock`, except 4 heads.
+        branch_gain, skip_gain, preserves_variance, out_proj, scale, tau0, identity_gain,
+            softmax_gain, center_gain, gain_scheme, learned_gains, c_plus, c_minus,
+            trainable_slopes: of every block of "shaped", with the defaults of `ShapedBlock`; of
+            other methods they are part of what the method is. Gains per head are stored as tuples.
 
     Raises:
         TypeError: a value has the wrong type, or a field without default is missing.
-        ValueError: a value is out of range, an unknown choice, or fields contradict each other.
-            Rules of the blocks are those of `ShapedBlock`.
+        ValueError: a value is out of range, an unknown choice, or fields contradict each other; a
+            method with a wiring that no paper gives it, or with fields of "shaped". Rules of the
+            blocks are those of `ShapedBlock`.
     """
 
     vocab_size: int
@@ -74,6 +106,10 @@ class ShapedTransformerConfig:
     tie_embeddings: bool = False
     final_norm: str | None = None
     activation_checkpointing: bool = False
+
+    method: str = "shaped"
+    has_skip: bool | None = None
+    has_normalization: bool | None = None
 
     heads: int = 4
     kv_heads: int | None = None
@@ -113,9 +149,27 @@ class ShapedTransformerConfig:
                 object.__setattr__(self, name, check_head_gain(name, gain, self.heads))
         if isinstance(self.learned_gains, list):
             object.__setattr__(self, "learned_gains", tuple(self.learned_gains))
+        self._check_method()
         # The rules of a block are known to the block; on this device it has no memory.
-        block = ShapedBlock(**self.block_arguments(), device="meta")
+        block = next(self.build_blocks(device="meta"))
         self._check_together(block.attention.head_dim)
+
+    def _check_method(self) -> None:
+        unused, given = (), f'method="{self.method}"'
+        if self.method != "shaped":
+            unused = SHAPED_FIELDS
+        elif self.has_skip is False:
+            unused, given = ("branch_gain", "skip_gain"), "has_skip=False"
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in unused and value != field.default:
+                fail(
+                    ValueError,
+                    field.name,
+                    f"must keep its default for {given}, which has its own",
+                    repr(value),
+                    'Leave it out, or describe the network with method="shaped".',
+                )
 
     def _check_together(self, head_dim: int) -> None:
         needed_kind = {"causal_lm": "decoder", "masked_lm": "encoder"}.get(self.head, self.kind)
@@ -144,11 +198,29 @@ class ShapedTransformerConfig:
                 "Change head_dim, or width and heads, or take other positions.",
             )
 
+    def wiring(self) -> tuple[bool, str | None]:
+        """Return whether there are skips, and the normalisation of the blocks or None."""
+        return resolve_wiring(self.method, self.has_skip, self.has_normalization, self.norm)
+
     def block_arguments(self) -> dict[str, Any]:
-        """Return the arguments of each `ShapedBlock`."""
-        taken = inspect.signature(ShapedBlock).parameters
+        """Return the arguments of each `ShapedBlock`, or for other methods of `build_blocks`."""
+        has_skip, norm = self.wiring()
+        is_shaped = self.method == "shaped"
+        taken = inspect.signature(ShapedBlock if is_shaped else build_blocks).parameters
         shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in taken}
-        return shared | {"is_causal": self.kind == "decoder"}
+        shared |= {"is_causal": self.kind == "decoder", "norm": norm}
+        if not is_shaped:
+            return shared | {"has_skip": has_skip}
+        return shared if has_skip else shared | {"branch_gain": 1.0, "skip_gain": 0.0}
+
+    def build_blocks(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Iterator[TransformerBlock]:
+        """Make the blocks, the first layer first."""
+        arguments = self.block_arguments() | {"device": device, "dtype": dtype}
+        if self.method != "shaped":
+            return build_blocks(**arguments)
+        return (ShapedBlock(**arguments) for _ in range(self.depth))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a dict; `from_dict` is the inverse."""
@@ -208,7 +280,42 @@ class ShapedTransformerOutput(NamedTuple):
 
 
 class ShapedTransformer(Initialized, nn.Module):
-    r"""Shaped transformer: embeddings, ``depth`` times a `ShapedBlock`, final norm, head.
+    r"""Transformer of one of seven methods: embeddings, ``depth`` blocks, final norm, head.
+
+    "shaped"
+        `ShapedBlock`, arXiv 2306.17759. With skips and without normalisation unless told otherwise.
+    "simplified"
+        SAS of 2311.01906: no skip around the attention, no W_V and W_O, W_Q = 0; head h mixes the
+        h-th slice of the normalised stream with (P10), whose three gains are trained, and at the
+        start returns it unchanged. The MLP has a skip and starts with the weight
+        0.1 sqrt(18 / depth); this weight and that of the attention are trained. The first layer
+        keeps W_V = value_identity_gain I + value_weight_gain W, W = 0. RMSNorm, ReLU.
+    "simplified_parallel"
+        SAS-P: the same, with attention and MLP side by side and no skip at all. Without
+        normalisation a LayerNorm in front of the first block and one before the head remain, as
+        in the code of the authors.
+    "value_skipinit"
+        2302.10322: attention matrices identity_gain I + softmax_gain softmax, both trained from
+        1 and 0. W_Q = 0, and W_V, W_O and the MLP are orthogonal. No skip and no normalisation.
+    "u_spa", "e_spa"
+        2302.10322: the same weights, and priors `shaped_attn.USPA.schedule(depth)` or
+        `shaped_attn.ESPA.schedule(depth)`: the tokens, if they start uncorrelated, have the
+        correlation 0.8, or exp(-0.005 |i-j|), after the last attention.
+    "pre_ln"
+        The standard block: softmax attention, skips of weight 1, LayerNorm, ReLU, N(0, 0.02^2).
+
+    The last four may have skips or not, and normalisation (LayerNorm in front of each half) or not.
+    Without normalisation nothing rescales a stream, so weights, activation and skips each keep its
+    mean square: "pre_ln" then has weights N(0, 1/in), and skips are normalised, 0.98 X +
+    sqrt(1 - 0.98^2) branch(X). Methods of 2302.10322 are like that with normalisation too. The
+    activation of networks like that is `TailoredLeakyReLU`: sqrt(2) ReLU with skips, and the slope
+    `tat_slope(depth)` without them, where every MLP correlates the tokens. "pre_ln" without skips
+    and normalisation is so what the papers call vanilla, and differs from "e_spa" in its attention
+    and the law of its weights alone.
+
+    All methods but "shaped" have the scale 1/sqrt(head_dim). No projection has a bias. With W_Q = 0
+    W_K gets no gradient before W_Q has moved; nor do, in the first step, W_Q and W_K of
+    "value_skipinit", whose softmax starts with the weight 0, and ``value_weight_gain``.
 
     The stream starts at X_i = E(token_i), or ( E(token_i) + P(i) ) / sqrt(2) with learned
     positions P, so that V_ii = |X_i|^2 / width is 1 on average whatever the width. A tied head
@@ -219,7 +326,8 @@ class ShapedTransformer(Initialized, nn.Module):
     ============================= ======================= ====================================
     ``embedding.weight``          (vocab_size, width)     N(0, 1), independent
     ``position_embedding.weight`` (max_length, width)     N(0, 1), independent ("learned" only)
-    ``blocks.*``                                          see `ShapedBlock`
+    ``blocks.*``                                          see `TransformerBlock`; of "shaped",
+                                                          `ShapedBlock`
     ``final_norm.weight``         (width,)                1
     ``final_norm.bias``           (width,)                0 ("layer" only)
     ``head.weight``               (vocab_size or          N(0, 1/width), independent; absent
@@ -248,7 +356,10 @@ class ShapedTransformer(Initialized, nn.Module):
         >>> out.loss.backward()
 
     References:
-        Noci et al., The Shaped Transformer, arXiv 2306.17759; covariance-sde.md, section 1.
+        - Noci et al., The Shaped Transformer, arXiv 2306.17759; covariance-sde.md, section 1.
+        - He et al., Deep Transformers without Shortcuts, arXiv 2302.10322.
+        - He and Hofmann, Simplifying Transformer Blocks, arXiv 2311.01906.
+        - papers.md, which tells what of them is confirmed.
     """
 
     def __init__(
@@ -273,10 +384,9 @@ class ShapedTransformer(Initialized, nn.Module):
         self.position_embedding = None
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.max_length, config.width, **factory)
-        self.blocks = nn.ModuleList(
-            ShapedBlock(**config.block_arguments(), **factory) for _ in range(config.depth)
-        )
-        self.final_norm = make_norm(config.final_norm, config.width, **factory)
+        self.blocks = nn.ModuleList(config.build_blocks(**factory))
+        norm = config.final_norm or final_norm(config.method, config.wiring()[1])
+        self.final_norm = make_norm(norm, config.width, **factory)
         self.head = None
         if config.head is not None and not config.tie_embeddings:
             is_classifier = config.head == "token_classification"
@@ -343,7 +453,7 @@ class ShapedTransformer(Initialized, nn.Module):
             else:
                 hidden = block(hidden, **options)
         if self.final_norm is not None:
-            hidden = self.final_norm(hidden)
+            hidden = normalize(hidden, self.final_norm)
         logits = self._logits(hidden)
         loss = None if labels is None else self._loss(logits, labels)
         return ShapedTransformerOutput(hidden, logits, loss)
@@ -401,7 +511,8 @@ class ShapedTransformer(Initialized, nn.Module):
         """Return what the submodules do not show."""
         config = self.config
         return (
-            f"kind={config.kind!r}, head={config.head!r}, positions={config.positions!r}, "
+            f"method={config.method!r}, kind={config.kind!r}, head={config.head!r}, "
+            f"positions={config.positions!r}, "
             f"tie_embeddings={config.tie_embeddings}"
         )
 
