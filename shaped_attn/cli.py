@@ -1,4 +1,4 @@
-"""The command ``shaped-attn``: ``check``, ``compare``, ``demo``, ``env`` and ``predict``.
+"""The command ``shaped-attn``: ``check``, ``compare``, ``demo``, ``env``, ``predict``, ``train``.
 
 Exit codes: 0 done, 1 a check exceeded its budget, a comparison found a difference or the command
 failed, 2 wrong usage, 130 interrupted.
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._version import __version__
+from .train.command import train
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,9 @@ def main() -> None:
 @click.version_option(__version__, prog_name="shaped-attn")
 def cli() -> None:
     """Shaped attention: identity + softmax - mean, in one fused pass."""
+
+
+cli.add_command(train)
 
 
 _device_option = click.option(
@@ -377,7 +381,7 @@ def compare(
 
     from . import prediction
 
-    with _usage_errors():
+    with usage_errors():
         prediction.check_comparison(settings)
     with _long_work(torch_device) as work:
         result = prediction.compare_networks(settings, device=torch_device, **work)
@@ -391,7 +395,7 @@ def compare(
 
 
 @contextlib.contextmanager
-def _usage_errors() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """Show what is wrong with settings as wrong usage."""
     try:
         yield
@@ -403,7 +407,7 @@ def _make_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
     from . import prediction
 
     given = {name: value for name, value in flags.items() if value is not None}
-    with _usage_errors():
+    with usage_errors():
         if "v0" in given:
             given["v0"] = prediction.read_covariance(given["v0"])
         values = {} if config is None else prediction.read_config(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import reprlib
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import config_file
 from ._version import __version__
 from .sde import tuning as sde_tuning
 from .sde.comparison import Comparison, compare, critical_value, plain
@@ -56,15 +56,18 @@ _NUMBERS = (
 _FLAGS = ("causal", "attention", "mlp", "finite_width", "tune")
 _CHOICES = {"out_proj": OUT_PROJ, "integrator": tuple(INTEGRATORS), "method": METHODS}
 _OPTIONAL = ("tokens", "correlation", "variance", "v0", "steps", "band", "head_dim")
-# The negative names of flags, and what to write in a file instead.
-_NEGATIONS = {
-    "no_causal": "causal = false",
-    "no_attention": "attention = false",
-    "no_mlp": "mlp = false",
-    "limit": "finite_width = false",
-    "no_tune": "tune = false",
+# Names of flags that are no settings, and what to do instead of writing them into a file.
+_REMEDIES = {
+    "no_causal": "Write causal = false.",
+    "no_attention": "Write attention = false.",
+    "no_mlp": "Write mlp = false.",
+    "limit": "Write finite_width = false.",
+    "no_tune": "Write tune = false.",
+    **{
+        name: f"Give --{name} on the command line."
+        for name in ("config", "plot", "output", "json", "device")
+    },
 }
-_NOT_SETTINGS = ("config", "plot", "output", "json", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,61 +446,10 @@ def read_config(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is not of that format, or has a name that is no setting.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".json", ".toml"):
-        fail(ValueError, "config", "must be a .json or .toml file", path.name, "Rename it.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = (
-            _parse_toml(text)
-            if suffix == ".toml"
-            else json.loads(text, object_pairs_hook=_without_repeats)
-        )
-    except ValueError as error:  # those of both parsers and of the decoder are
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} must hold settings by name, got {type(values).__name__}. "
-            'Write for example {"depth": 64, "width": 128}.'
-        )
-    for name in values:
-        _check_name(path, name)
+    values = config_file.read(path, [f.name for f in fields(Settings)], _REMEDIES)
     if isinstance(values.get("v0"), str):
         values["v0"] = read_covariance(path.parent / values["v0"])
     return values
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{repeated} is given twice. Give it once.")
-    return values
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ModuleNotFoundError:
-        raise ValueError(
-            "a TOML file needs Python 3.11 or later. Write the same settings as a JSON file."
-        ) from None
-    return tomllib.loads(text)
-
-
-def _check_name(path: Path, name: str) -> None:
-    known = [f.name for f in fields(Settings)]
-    if name in known:
-        return
-    if name in _NEGATIONS:
-        remedy = f"Write {_NEGATIONS[name]}."
-    elif name in _NOT_SETTINGS:
-        remedy = f"Give --{name} on the command line."
-    else:
-        close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-        remedy = f"Did you mean {close[0]}?" if close else f"Known are {', '.join(known)}."
-    raise ValueError(f"{path}: {name} is not a setting. {remedy}")
 
 
 def read_covariance(path: Path) -> tuple[tuple[float, ...], ...]:
@@ -571,8 +523,8 @@ def assumptions(settings: Settings) -> list[str]:
         found.append("The limit of depth and width at their ratio; width enters in no other way.")
     if settings.integrator == "chain":
         found.append(
-            f"Integrator: the Markov chain of width {settings.steps}, that is {settings.steps} "
-            "steps per unit of depth / width; with fewer steps fewer paths blow up."
+            f"Integrator: chain, {settings.steps} steps per unit of depth / width; with fewer "
+            "steps fewer paths blow up."
         )
     else:
         found.append(

@@ -18,9 +18,10 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from shaped_attn import cli, fidelity, interrupt
-from shaped_attn.demo import covariance, data, figures, page, run, training
+from shaped_attn.demo import covariance, figures, page, run, training
 from shaped_attn.demo.model import Decoder, ModelConfig
 from shaped_attn.prediction import format_number
+from shaped_attn.train.data import load_standard_library
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY_MODEL = ModelConfig(layers=2, width=32, heads=2, length=32)
@@ -52,7 +53,7 @@ def settings(output, **changes):
 
 @pytest.fixture(scope="module")
 def corpus():
-    return data.load_corpus(max_bytes=200_000)
+    return load_standard_library(max_bytes=200_000)
 
 
 @pytest.fixture(scope="module")
@@ -62,84 +63,6 @@ def finished(tmp_path_factory):
     console = Console(file=io.StringIO(), width=100)
     result = run.run(settings(output), console)
     return result, output, console.file.getvalue()
-
-
-# The text
-
-
-def test_the_split_is_by_file_and_the_same_every_time(corpus):
-    again = data.load_corpus(max_bytes=200_000)
-    assert torch.equal(corpus.train, again.train)
-    assert torch.equal(corpus.validation, again.validation)
-    assert not set(corpus.train_files) & set(corpus.validation_files)
-    assert corpus.validation.numel() == pytest.approx(20_000, rel=0.1)
-    assert corpus.train.numel() == pytest.approx(180_000, rel=0.1)
-    first = data.standard_library() / corpus.train_files[0]
-    content = first.read_bytes()[:1000]
-    assert bytes(corpus.train[: len(content)].tolist()) == content
-
-
-def test_a_file_keeps_its_side_when_others_come_and_go(tmp_path):
-    for i in range(60):
-        (tmp_path / f"module_{i}.py").write_text(f"x = {i}\n")
-    before = data.load_corpus(tmp_path)
-    (tmp_path / "module_5.py").unlink()
-    (tmp_path / "other.py").write_text("y = 1\n")
-    after = data.load_corpus(tmp_path)
-    assert set(before.train_files) - set(after.train_files) <= {"module_5.py"}
-    assert set(before.validation_files) - set(after.validation_files) <= {"module_5.py"}
-
-
-def test_installed_packages_and_tests_are_not_the_library(tmp_path):
-    for i in range(60):
-        (tmp_path / f"module_{i}.py").write_text("x = 1\n")
-    for folder in ("site-packages", "test", "sqlite3/test"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "strange.py").write_text("y = 2\n")
-    corpus = data.load_corpus(tmp_path)
-    names = corpus.train_files + corpus.validation_files
-    assert len(names) == 60
-    assert not any("strange" in name for name in names)
-
-
-def test_no_source_is_a_clear_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="0 training and 0 validation files.*as source"):
-        data.load_corpus(tmp_path)
-
-
-def test_entropies_of_text_that_is_known():
-    def corpus(train, validation):
-        as_tensor = [torch.tensor(list(text), dtype=torch.uint8) for text in (train, validation)]
-        return data.Corpus(*as_tensor, (), (), "")
-
-    # Two bytes, equally often, strictly in turn: one bit each, and nothing to a pair model.
-    text = b"ab" * 5000
-    assert data.unigram_entropy(corpus(text, text)) == pytest.approx(math.log(2), abs=0.1)
-    assert data.bigram_entropy(corpus(text, text)) < 1e-3
-    # What was never seen still has a probability.
-    assert math.isfinite(data.unigram_entropy(corpus(text, b"zz")))
-    assert math.isfinite(data.bigram_entropy(corpus(text, b"zz")))
-
-
-def test_batches_are_text_and_follow_the_generator(corpus):
-    draw = [
-        data.sample_batch(corpus.train, 3, 50, torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    ]
-    assert torch.equal(draw[0], draw[1])
-    assert not torch.equal(draw[0], draw[2])
-    assert draw[0].shape == (3, 51)
-    text = bytes(corpus.train.tolist())
-    assert all(bytes(row.tolist()) in text for row in draw[0])
-    with pytest.raises(ValueError, match="more than length \\+ 1 = 51 bytes, got 51"):
-        data.sample_batch(corpus.train[:51], 1, 50, torch.Generator())
-
-
-def test_windows_cover_the_text():
-    text = torch.arange(200, dtype=torch.uint8)
-    windows = data.fixed_windows(text, 4, 20)
-    assert windows[:, 0].tolist() == [0, 59, 119, 179]
-    assert windows[-1, -1] == 199
 
 
 # The models
@@ -292,11 +215,15 @@ def test_the_first_interrupt_is_a_request_and_the_second_an_exception():
 
 
 def test_the_learning_rate_warms_up_and_decays():
-    config = training.TrainingConfig()
-    factors = [training.learning_rate_factor(step, 100, config) for step in range(101)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[100] == pytest.approx(config.final_learning_rate_share)
-    assert all(a >= b for a, b in zip(factors[4:], factors[5:], strict=False))
+    trainee = training._Trainee(Decoder(TINY_MODEL), training.TrainingConfig(), steps=100)
+    rates = []
+    for _ in range(101):
+        rates.append(trainee.optimizer.param_groups[0]["lr"] / 3e-3)
+        trainee.optimizer.step()
+        trainee.schedule.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
 
 
 def test_weight_decay_is_for_matrices():
@@ -547,13 +474,13 @@ def test_an_interrupt_of_the_networks_shows_those_that_are_finished(tmp_path, mo
 
 def test_a_second_interrupt_ends_the_demo(tmp_path, monkeypatch):
     interrupt_networks(monkeypatch, 0.6)
-    load = data.load_corpus
+    load = run.load_standard_library
 
     def press(*args):
         os.kill(os.getpid(), signal.SIGINT)
         return load(*args)
 
-    monkeypatch.setattr(data, "load_corpus", press)
+    monkeypatch.setattr(run, "load_standard_library", press)
     with pytest.raises(KeyboardInterrupt):
         run.run(settings(tmp_path), Console(file=io.StringIO()))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

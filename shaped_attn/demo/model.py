@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from shaped_attn import shaped_attention
 
-from .data import BYTE_VALUES
+from ..train.corpus import BYTE_VALUES
 
 
 @dataclass(frozen=True)

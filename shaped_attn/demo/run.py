@@ -28,7 +28,9 @@ from .. import environment, fidelity
 from ..interrupt import StopRequest, stop_on_interrupt
 from ..prediction import format_estimate, format_number
 from ..sde import Estimate
-from . import covariance, data, page, training
+from ..train.corpus import Corpus, bigram_entropy, unigram_entropy
+from ..train.data import load_standard_library
+from . import covariance, page, training
 from .model import Decoder, ModelConfig
 from .result import NAMES, DemoResult
 
@@ -93,8 +95,8 @@ def run(settings: Settings, console: Console) -> DemoResult:
         measured = _covariance(settings, stop, console)
         seconds["covariance"] = measured.seconds
 
-        corpus = data.load_corpus(settings.corpus_root, settings.corpus_bytes)
-        unigram, bigram = data.unigram_entropy(corpus), data.bigram_entropy(corpus)
+        corpus = load_standard_library(settings.corpus_root, settings.corpus_bytes)
+        unigram, bigram = unigram_entropy(corpus), bigram_entropy(corpus)
         summary = corpus.summary()
         console.print(
             f"\n[bold]Text[/]      {summary['source']}: {summary['train_bytes']:,} bytes to train "
@@ -283,7 +285,7 @@ def _covariance_lines(result: covariance.CovarianceResult) -> list[str]:
 
 def _train(
     models: dict[str, Decoder],
-    corpus: data.Corpus,
+    corpus: Corpus,
     settings: Settings,
     steps: int,
     time_limit: float | None,
@@ -320,7 +322,7 @@ def _train(
         )
 
 
-def _map_tokens(corpus: data.Corpus) -> Tensor:
+def _map_tokens(corpus: Corpus) -> Tensor:
     """A short piece of unseen source that starts with a function."""
     text = bytes(corpus.validation.tolist())
     start = max(0, text.find(b"\ndef ") + 1)

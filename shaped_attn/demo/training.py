@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..interrupt import StopRequest
-from .data import Corpus, fixed_windows, sample_batch
+from ..train.corpus import Corpus, fixed_windows, sample_batch
+from ..train.schedule import learning_rate_factor
 from .model import Decoder, ModelConfig
 
 MIN_STEPS, MAX_STEPS = 20, 5000
@@ -104,16 +105,6 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
 
 
-def learning_rate_factor(step: int, steps: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine down to ``final_learning_rate_share``."""
-    warmup = max(1, round(config.warmup_share * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    final = config.final_learning_rate_share
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 class _Trainee:
     """A model with its optimiser and schedule."""
 
@@ -121,7 +112,13 @@ class _Trainee:
         self.model, self.config = model, config
         self.optimizer = make_optimizer(model, config)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate_factor(step, steps, config)
+            self.optimizer,
+            lambda step: learning_rate_factor(
+                step,
+                steps,
+                warmup_steps=max(1, round(config.warmup_share * steps)),
+                final_share=config.final_learning_rate_share,
+            ),
         )
 
     def step(self, batch: Tensor) -> float:

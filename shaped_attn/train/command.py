@@ -1,0 +1,334 @@
+"""The command ``shaped-attn train``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from .settings import TrainSettings
+    from .study import Study
+    from .trainer import Progress, TrainResult
+
+# Flags, type, default to show, help. All defaults are those of settings.TrainSettings, which also
+# checks the values, wherever they come from; here an option that is not given is None.
+_SETTINGS = (
+    (
+        ("--method",),
+        str,
+        "shaped",
+        "shaped, simplified, simplified_parallel, value_skipinit, u_spa, e_spa or pre_ln.",
+    ),
+    (("--depth", "--layers", "depth"), int, "12", "Number of blocks."),
+    (("--width",), int, "128", "Width of the model."),
+    (("--heads",), int, "4", "Number of heads."),
+    (("--skip/--no-skip",), bool, "what the method's paper uses", "Whether blocks have skips."),
+    (
+        ("--normalization/--no-normalization",),
+        bool,
+        "what the method's paper uses",
+        "Whether blocks have normalisation layers.",
+    ),
+    (("--positions",), str, "rotary", "rotary, learned or none."),
+    (("--mlp-ratio",), float, "4", "Hidden width of the MLP over the width."),
+    (("--context",), int, "128", "Tokens, that is bytes, of a sequence."),
+    (
+        ("--data",),
+        str,
+        "stdlib",
+        "Text: stdlib (the source of Python's standard library), a file, a folder, a folder that "
+        "datasets.save_to_disk wrote, wikitext-103, c4, or hf:NAME[:CONFIG].",
+    ),
+    (("--text-column",), str, "text", "Column of a dataset with the text."),
+    (("--data-bytes",), int, "100000000", "Most bytes of text to take."),
+    (("--steps",), int, "1000", "Number of steps of the optimizer."),
+    (("--batch-size",), int, "16", "Sequences of a step, of all parts and devices together."),
+    (("--accumulation",), int, "1", "Parts of a batch, computed one after the other."),
+    (("--learning-rate",), float, "0.001", "Its peak."),
+    (("--schedule",), str, "cosine", "cosine, linear or constant, after the warm-up."),
+    (("--warmup-steps",), int, "5 % of the steps", "Steps over which the learning rate grows."),
+    (("--final-share",), float, "0.1", "Learning rate at the end, over its peak."),
+    (("--weight-decay",), float, "0.1", "Of matrices; embeddings, gains and norms have none."),
+    (("--clip-norm",), float, "1", "Largest norm of the gradient; 0 does not clip."),
+    (("--seed",), int, "0", "Seed of weights and batches."),
+    (("--precision",), str, "fp32", "fp32, or bf16 for autocast."),
+    (("--evaluate-every",), int, "100", "Steps between validations."),
+    (("--evaluation-windows",), int, "64", "Sequences of a validation."),
+    (("--log-every",), int, "1", "Steps between the losses that are recorded."),
+    (("--checkpoint-every",), int, "100", "Steps between checkpoints."),
+    (("--keep-checkpoints",), int, "2", "How many checkpoints to keep."),
+)
+
+
+class _List(click.ParamType):
+    """Values between commas."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def convert(self, value: Any, param: Any, context: Any) -> tuple:
+        """Return the values."""
+        try:
+            return tuple(self.kind(part.strip()) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of {self.kind.__name__} between commas")
+
+
+def _settings_options(command: Callable) -> Callable:
+    for flags, kind, default, text in reversed(_SETTINGS):
+        shown = f"{text}  [default: {default}]"
+        command = click.option(*flags, type=kind, default=None, help=shown)(command)
+    return command
+
+
+@click.command(short_help="Train a decoder on text; or compare methods over depth.")
+@_settings_options
+@click.option(
+    "--study",
+    type=click.Choice(("depth",)),
+    help="Compare methods over depth, with and without skips and normalisation.",
+)
+@click.option("--depths", type=_List(int, "LIST"), help="Of the study.  [default: 12,36,72]")
+@click.option("--methods", type=_List(str, "LIST"), help="Of the study.  [default: all]")
+@click.option(
+    "--learning-rates",
+    type=_List(float, "LIST"),
+    help="Of the study, which reports the best for each model.  [default: --learning-rate]",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("shaped-attn-train"),
+    show_default=True,
+    help="Folder for checkpoints, metrics and results; a run in it is resumed.",
+)
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    help="Read settings from this .json or .toml file; flags win over it. Keys are the flags with "
+    "underscores; on/off flags have the first name, as in skip = false.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(("auto", "cpu")),
+    default="auto",
+    show_default=True,
+    help="auto takes a GPU if there is one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def train(
+    click_context: click.Context,
+    study: str | None,
+    depths: tuple[int, ...] | None,
+    methods: tuple[str, ...] | None,
+    learning_rates: tuple[float, ...] | None,
+    output: Path,
+    config: Path | None,
+    device: str,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Train a byte-level decoder on real text, or compare methods over depth (--study depth).
+
+    Ctrl-C saves and ends, with exit code 130. The same command then goes on where it ended, as it
+    does after the process was killed: from the last checkpoint, to the same losses. A loss that is
+    not finite ends the run, with exit code 1.
+
+    Needs the packages of the extra: pip install "shaped-attn[train]". Several GPUs: accelerate
+    launch -m shaped_attn train.
+    """
+    from ..cli import INTERRUPTED
+
+    given = {
+        "--depths": depths,
+        "--methods": methods,
+        "--learning-rates": learning_rates,
+    }
+    if study is None:
+        for name, value in given.items():
+            if value is not None:
+                raise click.UsageError(f"{name} is an option of --study depth. Add it.")
+        settings = _make_settings(config, flags)
+        with _long_work() as work:
+            result = _run(settings, output, device, work)
+        _print(result.to_dict(), as_json, lambda: _print_result(result, output))
+        if result.status == "diverged":
+            click_context.exit(1)
+        click_context.exit(0 if result.status == "finished" else INTERRUPTED)
+
+    for name, flag in (("method", "--methods"), ("depth", "--depths")):
+        if flags[name] is not None:
+            raise click.UsageError(f"--{name} is not an option of --study depth. Give {flag}.")
+    settings = _make_settings(config, flags)
+    options = {
+        "depths": depths,
+        "methods": methods,
+        "learning_rates": learning_rates,
+    }
+    with _long_work() as work:
+        found = _run_study(settings, output, device, work, options)
+    _print(found.to_dict(), as_json, lambda: _print_study(found, output))
+    click_context.exit(0 if found.is_complete else INTERRUPTED)
+
+
+def _make_settings(config: Path | None, flags: dict[str, Any]) -> TrainSettings:
+    from ..cli import usage_errors
+    from .settings import TrainSettings, read_config
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    with usage_errors():
+        values = {} if config is None else read_config(config)
+        return TrainSettings(**{**values, **given})
+
+
+def _run(settings: TrainSettings, output: Path, device: str, work: dict[str, Any]) -> TrainResult:
+    from .trainer import train
+
+    show = work.pop("show")
+
+    def on_progress(progress: Progress) -> None:
+        show(_describe(progress), progress.step, progress.steps)
+
+    return train(settings, output, device=device, on_progress=on_progress, **work)
+
+
+def _run_study(
+    settings: TrainSettings,
+    output: Path,
+    device: str,
+    work: dict[str, Any],
+    options: dict[str, Any],
+) -> Study:
+    from ..plots import save
+    from .study import PLOT, run_study
+    from .study_report import plot
+
+    show = work.pop("show")
+
+    def on_progress(name: str, ended: int, runs: int, progress: Progress) -> None:
+        text = f"run {ended + 1} of {runs}, {name}: {_describe(progress)}"
+        show(text, ended * progress.steps + progress.step, runs * progress.steps)
+
+    chosen = {name: value for name, value in options.items() if value is not None}
+    study = run_study(settings, output, device=device, on_progress=on_progress, **work, **chosen)
+    if study.runs and _is_main_process():
+        save(plot(study), output / PLOT)
+    return study
+
+
+def _describe(progress: Progress) -> str:
+    losses = {"loss": progress.loss, "validation": progress.validation}
+    return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None)
+
+
+@contextlib.contextmanager
+def _long_work() -> Iterator[dict[str, Any]]:
+    """Show progress on stderr, take Ctrl-C for a request, and show errors as such."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from ..cli import usage_errors
+    from ..interrupt import stop_on_interrupt
+
+    console = Console(stderr=True, quiet=not _is_main_process())
+    with (
+        _missing_packages(),
+        usage_errors(),
+        stop_on_interrupt() as request,
+        Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as progress,
+    ):
+        task = progress.add_task("reading text", total=None)
+        yield {
+            "show": lambda text, done, total: progress.update(
+                task, description=text, completed=done, total=total
+            ),
+            "stop": lambda: request.is_set,
+            "warn": lambda text: console.print(f"Warning: {text}", markup=False, soft_wrap=True),
+        }
+
+
+@contextlib.contextmanager
+def _missing_packages() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print(values: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if not _is_main_process():
+        return
+    if as_json:
+        click.echo(json.dumps(values, indent=1, allow_nan=False))
+    else:
+        show()
+
+
+def _print_result(result: TrainResult, output: Path) -> None:
+    loss = "" if result.loss is None else f": validation loss {result.loss:.4f} nats per byte"
+    click.echo(
+        f"{result.status.capitalize()} after {result.step} steps{loss}; byte frequencies alone "
+        f"give {result.unigram_entropy:.4f}. {result.parameters:,} parameters, {result.device}."
+    )
+    if result.reason is not None:
+        click.echo(
+            f"Training cannot go on: {result.reason}. A lower learning rate, a longer warm-up, or "
+            "a network with skips or normalisation may help.",
+            err=True,
+        )
+    if result.status == "interrupted":
+        click.echo("The same command goes on from here.", err=True)
+    click.echo(f"Folder: {output}")
+
+
+def _print_study(study: Study, output: Path) -> None:
+    from rich.console import Console
+
+    from .study import PLOT, RESULTS
+    from .study_report import table
+
+    if study.runs:
+        click.echo(
+            f"Validation loss after {study.settings.steps} steps, nats per byte; byte frequencies "
+            f"alone give {study.unigram_entropy:.3f}\n"
+        )
+        Console(highlight=False).print(table(study))
+        click.echo(f"\nPlot: {output / PLOT}\nNumbers: {output / RESULTS}")
+    for run in study.runs:
+        if run.result.reason is not None:
+            click.echo(
+                f"Diverged: {run.variant.method} with {run.variant.parts}, depth {run.depth}, "
+                f"learning rate {run.learning_rate:g}: {run.result.reason}."
+            )
+    if not study.is_complete:
+        click.echo(
+            f"Interrupted after {len(study.runs)} of {study.requested} runs; the same command goes "
+            "on from here.",
+            err=True,
+        )

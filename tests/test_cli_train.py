@@ -1,0 +1,294 @@
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from click.testing import CliRunner
+
+from shaped_attn import cli
+from shaped_attn.train import command, metrics, trainer
+from shaped_attn.train.settings import TrainSettings
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "depth": 1,
+    "width": 16,
+    "heads": 2,
+    "context": 16,
+    "data": argparse.__file__,
+    "data-bytes": 50_000,
+    "steps": 6,
+    "batch-size": 4,
+    "evaluate-every": 3,
+    "evaluation-windows": 4,
+    "checkpoint-every": 3,
+}
+STUDY = ("--study", "depth", "--depths", "1,2", "--methods", "pre_ln, e_spa")
+NEITHER = ("--no-skip", "--no-normalization")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+def flags(**changes):
+    values = {**TINY, **{name.replace("_", "-"): value for name, value in changes.items()}}
+    found = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    return ["train", *found, "--device", "cpu"]
+
+
+def study_flags():
+    # The depth of the flags above is not an option of a study.
+    found = flags()
+    del found[1:3]
+    return [*found, *NEITHER, *STUDY]
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.cli, [str(arg) for arg in args])
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+def press_ctrl_c(monkeypatch, step):
+    """Press Ctrl-C in a step, counted over all runs."""
+    take, seen = trainer._Run._take_step, []
+
+    def pressed(run, last):
+        seen.append(None)
+        if len(seen) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take(run, last)
+
+    monkeypatch.setattr(trainer._Run, "_take_step", pressed)
+
+
+# -------------------------------------------------------------------------------------------- train
+
+
+def test_it_trains_and_says_so(tmp_path):
+    result = invoke(*flags(), "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    recorded = json.loads((tmp_path / "run" / "result.json").read_text())
+    loss, entropy = recorded["validation"][-1][1], recorded["unigram_entropy"]
+    text = words(result.stdout)
+    assert f"Finished after 6 steps: validation loss {loss:.4f} nats per byte" in text
+    assert f"byte frequencies alone give {entropy:.4f}" in text
+    assert f"{recorded['parameters']:,} parameters, cpu" in text
+    assert f"Folder: {tmp_path / 'run'}" in result.stdout
+    # The same command again repeats nothing and says the same.
+    assert words(invoke(*flags(), "--output", tmp_path / "run").stdout) == text
+
+
+def test_json_is_the_result(tmp_path):
+    result = invoke(*flags(), "--output", tmp_path / "run", "--json")
+    assert json.loads(result.stdout) == json.loads((tmp_path / "run" / "result.json").read_text())
+
+
+def test_flags_win_over_the_file_and_reach_the_run(tmp_path):
+    config = tmp_path / "c.json"
+    values = {"method": "e_spa", "skip": True, "seed": 5, "steps": 3, "precision": "bf16"}
+    config.write_text(json.dumps(values))
+    options = ("--config", config, "--no-skip", "--learning-rate", 0.01)
+    result = invoke(*flags(), *options, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    expected = {"method": "e_spa", "skip": False, "seed": 5, "steps": 6, "precision": "bf16"}
+    assert {name: found[name] for name in expected} == expected
+    assert (found["learning_rate"], found["normalization"]) == (0.01, None)
+
+
+def test_the_help_shows_the_defaults():
+    shown = {}
+    for names, kind, default, _ in command._SETTINGS:
+        name = names[0].split("/")[0].removeprefix("--").replace("-", "_")
+        shown[name] = (kind, default)
+    assert set(shown) == {f.name for f in fields(TrainSettings)}
+    for field in fields(TrainSettings):
+        kind, default = shown[field.name]
+        if field.default is not None:
+            assert kind(default) == field.default
+    text = words(invoke("train", "--help").stdout)
+    for _, _, default, _ in command._SETTINGS:
+        assert f"[default: {default}]" in text
+    assert "--depth, --layers" in text
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    whole = invoke(*flags(), "--output", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, 5)
+        result = invoke(*flags(), "--output", tmp_path / "run")
+    assert result.exit_code == 130
+    assert "Interrupted after 5 steps" in result.stdout
+    assert "The same command goes on from here." in result.stderr
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000005"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    again = invoke(*flags(), "--output", tmp_path / "run")
+    assert again.exit_code == 0
+    assert again.stdout.replace("run", "whole") == whole.stdout
+    runs = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
+    losses = [[(line["kind"], line["step"], line["loss"]) for line in run] for run in runs]
+    assert losses[0] == losses[1]
+
+
+def test_a_process_that_gets_sigint_saves_and_ends(tmp_path):
+    output = tmp_path / "run"
+    arguments = [*flags(steps=1_000_000, checkpoint_every=1_000_000), "--output", str(output)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shaped_attn", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        limit = time.monotonic() + 120
+        while len(metrics.read(output / "metrics.jsonl")) < 4:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    last = metrics.read(output / "metrics.jsonl")[-1]["step"]
+    assert f"Interrupted after {last} steps" in stdout
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert "Traceback" not in stderr
+
+
+def test_a_damaged_checkpoint_is_a_warning(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, 5)
+        invoke(*flags(), "--output", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-00000005" / "optimizer.bin").write_bytes(b"")
+    result = invoke(*flags(), "--output", tmp_path / "run")
+    assert result.exit_code == 0
+    assert "Warning: checkpoint" in result.stderr
+    assert "step-00000005 is damaged (optimizer.bin has changed)" in words(result.stderr)
+
+
+def test_a_run_that_diverges_fails_and_says_why(tmp_path):
+    options = ("--learning-rate", "1e30", "--clip-norm", 0, "--output", tmp_path / "run")
+    result = invoke(*flags(), *options)
+    assert result.exit_code == 1
+    assert "Diverged after" in result.stdout
+    assert "Training cannot go on: the" in result.stderr
+    assert "A lower learning rate" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--depth", 0), "depth must be at least 1"),
+        (("--width", "x"), "'x' is not a valid integer"),
+        (("--method", "rezero"), "method must be one of 'shaped'"),
+        (("--schedule", "step"), "schedule must be one of 'cosine'"),
+        (("--data", "nowhere.txt"), "data must be a file or folder that exists"),
+        (("--device", "abacus"), "'abacus' is not one of 'auto', 'cpu'"),
+        (("--config", "none.json"), "does not exist"),
+        (("--depths", "1,2"), "--depths is an option of --study depth"),
+        (("--methods", "e_spa"), "--methods is an option of --study depth"),
+        (("--learning-rates", "1"), "--learning-rates is an option of --study depth"),
+        (("--study", "width"), "'width' is not 'depth'"),
+        (("--study", "depth"), "--depth is not an option of --study depth. Give --depths."),
+        (("--study", "depth", "--depths", "1,x"), "'1,x' is not a list of int between commas"),
+    ],
+)
+def test_wrong_flags_are_wrong_usage(args, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*flags(), *args)
+    assert result.exit_code == 2, result.output
+    assert message in words(result.stderr)
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_another_run_is_refused(tmp_path):
+    invoke(*flags(), "--output", tmp_path / "run")
+    result = invoke(*flags(seed=3), "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "a run of another configuration (seed: 0, now 3)" in words(result.stderr)
+
+
+@pytest.mark.parametrize("package", ["accelerate", "tensorboard"])
+def test_without_the_extra_it_says_what_to_install(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = invoke(*flags(), "--output", tmp_path / "run")
+    assert result.exit_code == 1
+    assert f"training needs the package {package}" in words(result.stderr)
+    assert 'pip install "shaped-attn[train]"' in words(result.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_commands_do_not_need_the_extra():
+    code = """
+import sys
+for name in ("accelerate", "tensorboard", "datasets"):
+    sys.modules[name] = None
+sys.argv = ["shaped-attn", "train", "--help"]
+from shaped_attn import cli
+before = set(sys.modules)
+cli.main()
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    assert "--study" in process.stdout
+
+
+# -------------------------------------------------------------------------------------------- study
+
+
+def test_a_study_writes_a_table_a_plot_and_numbers(tmp_path):
+    result = invoke(*study_flags(), "--output", tmp_path / "study")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "study" / "study.json").read_text())
+    by_row = {(run["method"], run["depth"]): run["loss"] for run in found["runs"]}
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert f"byte frequencies alone give {found['unigram_entropy']:.3f}" in result.stdout
+    for method in ("pre_ln", "e_spa"):
+        losses = [f"{by_row[method, depth]:.3f}" for depth in (1, 2)]
+        assert [method, "neither", *losses] in rows
+    assert (tmp_path / "study" / "study.png").read_bytes()[:4] == b"\x89PNG"
+    assert f"Plot: {tmp_path / 'study' / 'study.png'}" in result.stdout
+    again = invoke(*study_flags(), "--output", tmp_path / "study", "--json")
+    assert json.loads(again.stdout)["runs"] == found["runs"]
+
+
+def test_ctrl_c_ends_a_study_that_then_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, 8)  # in the second run
+        result = invoke(*study_flags(), "--output", tmp_path / "study")
+    assert result.exit_code == 130
+    assert "Interrupted after 1 of 4 runs" in result.stderr
+    assert invoke(*study_flags(), "--output", tmp_path / "study").exit_code == 0
+
+
+def test_a_study_names_the_runs_that_diverged(tmp_path):
+    options = ("--learning-rates", "1e30,0.001", "--output", tmp_path / "study")
+    result = invoke(*study_flags(), *options)
+    assert result.exit_code == 0
+    assert "Diverged: e_spa with neither, depth 2, learning rate 1e+30: the" in result.stdout
+    assert "at 0.001" in result.stdout
