@@ -423,7 +423,7 @@ def test_one_token_is_not_tuned():
 
 
 def test_the_tuning_is_in_words_and_in_numbers():
-    options = ("--band", 0.19, 0.21, "--paths", 32, "--seed", 2)
+    options = ("--band", 0.19, 0.21, "--paths", 256, "--seed", 2)
     tuning = predict(*options)["tuning"]
     assert tuning["band"] == [0.19, 0.21]
     assert (tuning["time"], tuning["seed"], tuning["is_complete"]) == (0.25, 2, True)

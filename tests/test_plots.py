@@ -353,7 +353,8 @@ def test_a_cell_is_the_sample_of_its_settings_at_the_seed_of_the_map():
 
 def test_a_map_is_repeatable_and_advances_the_generator():
     generator = seeded()
-    settings = dict(branch_gains=[0.9], tau0s=[0.3], eigenvalue_range=(0.3, 2.0), **SMALL)
+    gains = [0.7, 0.8, 0.9]
+    settings = dict(branch_gains=gains, tau0s=[0.3, 0.5], eigenvalue_range=(0.3, 2.0), **SMALL)
     first = stopping_time_map(start(), generator=generator, **settings)
     second = stopping_time_map(start(), generator=generator, **settings)
     again = stopping_time_map(start(), generator=seeded(), **settings)

@@ -27,10 +27,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGE_TILES = TileConfig(block_t=128, block_s=64, num_warps=4, num_stages=1, sum_block=64)
 
 
+def cholesky_factors(prior, tokens):
+    kernels = prior.kernel(tokens)[0], prior.kernel(tokens, entering=True)[0]
+    return [torch.linalg.cholesky(kernel) for kernel in kernels]
+
+
 def cholesky_ratio(prior, tokens):
     """chol(S_out) chol(S_in)^{-1}, by linear algebra."""
-    leaving = torch.linalg.cholesky(prior.kernel(tokens)[0])
-    entering = torch.linalg.cholesky(prior.kernel(tokens, entering=True)[0])
+    leaving, entering = cholesky_factors(prior, tokens)
     return torch.linalg.solve_triangular(entering, leaving, upper=False, left=False)
 
 
@@ -61,9 +65,10 @@ class TestClosedForms:
     def test_of_long_sequences(self, prior, layers):
         schedule = prior.schedule(layers)
         for layer in (0, 1, layers // 2, layers - 1):
-            found = prior_matrix(schedule[layer], 2000)[0]
-            expected = cholesky_ratio(schedule[layer], 2000)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+            leaving, entering = cholesky_factors(schedule[layer], 2000)
+            # Solving for A0 would lose more to rounding than the closed form.
+            found = prior_matrix(schedule[layer], 2000)[0] @ entering
+            torch.testing.assert_close(found, leaving, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("tokens", [1, 2, 50])
     @pytest.mark.parametrize("prior", PAIRS, ids=str)

@@ -321,13 +321,16 @@ def test_weights_differ_between_layers_and_networks():
 @pytest.mark.parametrize("branch_gain", [0.5, 0.7])
 @pytest.mark.parametrize("mlp", [False, True])
 def test_end_of_depth(mlp, branch_gain):
-    """Depth = width = 256, m = 4: 4,096 networks, exact in law, against 4,096 paths of the SDE."""
+    """Depth = width = 256, m = 4: 4,096 networks, exact in law, against 4,096 paths of the SDE.
+
+    A step a layer: at branch gain 0.7, 64 steps alone take V_11 to the critical value.
+    """
     settings = {"branch_gain": branch_gain, "mlp": mlp}
     v0 = equicorrelated(4, 0.2)
     network = FiniteNetwork(width=256, depth=256, **settings)
     measured = network.sample(v0, 4096, generator(11), method="chain", snapshots=2)
     predicted = CovarianceSDE(width=256, **settings).sample(
-        v0, 1.0, 4096, 64, generator(12), snapshots=2
+        v0, 1.0, 4096, 256, generator(12), snapshots=2
     )
     comparison = compare(predicted, measured, level=0.01)
     assert comparison.agrees, comparison.largest
