@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from shaped_attn.sde.sample import (
     CovarianceSample,
     Estimate,
-    concatenate,
     fraction,
     quantile,
     quantile_error,
@@ -103,23 +102,17 @@ class TestShape:
         with pytest.raises(IndexError):
             random_sample().at(index)
 
-    def test_concatenate(self):
-        parts = [
-            sample_of(
-                random_sample(paths=paths).covariances,
-                torch.full((paths,), float(paths)),
-                torch.full((paths,), paths == 2),
-                source="chain",
-            )
-            for paths in (2, 3, 1)
-        ]
-        whole = concatenate(parts, 9)
-        assert (whole.source, whole.paths, whole.requested) == ("chain", 6, 9)
-        assert not whole.is_complete
-        assert torch.equal(whole.times, parts[0].times)
-        assert torch.equal(whole.covariances[:, 2:5], parts[1].covariances)
-        assert whole.stop_times.tolist() == [2, 2, 3, 3, 3, 1]
-        assert whole.exploded.tolist() == [True, True, False, False, False, False]
+    def test_of_paths(self):
+        whole = random_sample()
+        part = whole.of_paths(1, 3)
+        assert (part.source, part.paths, part.requested) == (whole.source, 2, whole.requested)
+        assert not part.is_complete
+        assert torch.equal(part.times, whole.times)
+        assert torch.equal(part.covariances, whole.covariances[:, 1:3])
+        assert torch.equal(part.stop_times, whole.stop_times[1:3])
+        assert torch.equal(part.exploded, whole.exploded[1:3])
+        part.covariances[:] = 7
+        assert (whole.covariances[:, 1:3] == 7).all()
 
 
 class TestQuantiles:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..validation import fail
-from .sample import CovarianceSample, concatenate
+from .sample import CovarianceSample
 from .settings import check_count, check_number
 
 EIGENVALUE_RANGE = (1e-4, 1e4)
@@ -65,63 +65,45 @@ def run(
     recorded = sorted({round(i * steps / (snapshots - 1)) for i in range(snapshots)})
     # In this order the last one is exactly ``time``.
     times = torch.tensor(recorded, dtype=torch.float64) / steps * time
-    parts = []
-    for begin in range(0, paths, chunk):
-        count = min(chunk, paths - begin)
-        state = simulation.start(count)
-        current = simulation.covariance(state)
-        stop_times = torch.full((count,), torch.inf, dtype=torch.float64, device=current.device)
-        exploded = torch.zeros(count, dtype=torch.bool, device=current.device)
+    done = 0
+    while done < paths:
+        count = min(chunk, paths - done)
+        state = simulation.start(count)  # of the paths that are alive
+        current = simulation.covariance(state).clone()  # (count, m, m)
         alive = torch.arange(count, device=current.device)
-        found = [current]
-        for index in range(steps):
-            if stop is not None and stop():
-                break
-            if alive.numel() > 0:
-                is_all = alive.numel() == count
-                proposal = simulation.step(state if is_all else state[alive], index)
-                proposed = simulation.covariance(proposal)
-                is_inside, is_above = locate(proposed, low, high)
-                left = alive[~is_inside]
-                if is_all and left.numel() == 0:
-                    state, current = proposal, proposed
-                else:
-                    stop_times[left] = (index + 1) / steps * time
-                    exploded[left] = is_above[~is_inside]
-                    alive = alive[is_inside]
-                    state = state.index_copy(0, alive, proposal[is_inside])
-                    current = current.index_copy(0, alive, proposed[is_inside])
-            if index + 1 in recorded:
-                found.append(current)
-            if on_progress is not None:
-                on_progress(begin * steps + count * (index + 1), paths * steps)
-        if len(found) < len(recorded):
-            break
-        parts.append(
-            CovarianceSample(
+        if done == 0:
+            sample = CovarianceSample(
                 source,
                 times,
-                torch.stack(found),
-                stop_times,
-                exploded,
+                current.new_empty(len(times), paths, *current.shape[1:]),
+                torch.full((paths,), torch.inf, dtype=torch.float64, device=current.device),
+                torch.zeros(paths, dtype=torch.bool, device=current.device),
                 paths,
             )
-        )
-    if not parts:
-        return _empty(simulation, source, times, paths)
-    return concatenate(parts, paths)
-
-
-def _empty(simulation: Simulation, source: str, times: Tensor, paths: int) -> CovarianceSample:
-    one = simulation.covariance(simulation.start(1))
-    return CovarianceSample(
-        source,
-        times,
-        one.new_empty(len(times), 0, *one.shape[1:]),
-        torch.empty(0, dtype=torch.float64, device=one.device),
-        torch.empty(0, dtype=torch.bool, device=one.device),
-        paths,
-    )
+        part = sample.of_paths(done, done + count)
+        part.covariances[0] = current
+        for index in range(steps):
+            if stop is not None and stop():
+                return sample.of_paths(0, done)
+            if alive.numel() > 0:
+                state = simulation.step(state, index)
+                proposed = simulation.covariance(state)
+                is_inside, is_above = locate(proposed, low, high)
+                if not is_inside.all():
+                    left = alive[~is_inside]
+                    part.stop_times[left] = (index + 1) / steps * time
+                    part.exploded[left] = is_above[~is_inside]
+                    alive, state, proposed = (x[is_inside] for x in (alive, state, proposed))
+                if alive.numel() == count:
+                    current = proposed
+                else:
+                    current.index_copy_(0, alive, proposed)
+            if index + 1 in recorded:
+                part.covariances[recorded.index(index + 1)] = current
+            if on_progress is not None:
+                on_progress(done * steps + count * (index + 1), paths * steps)
+        done += count
+    return sample
 
 
 def check_range(eigenvalue_range: tuple[float, float]) -> tuple[float, float]:

@@ -132,17 +132,16 @@ class CovarianceSample:
             self.requested,
         )
 
-
-def concatenate(parts: Sequence[CovarianceSample], requested: int) -> CovarianceSample:
-    """Join samples of the same source and times over their paths."""
-    return CovarianceSample(
-        parts[0].source,
-        parts[0].times,
-        torch.cat([part.covariances for part in parts], dim=1),
-        torch.cat([part.stop_times for part in parts]),
-        torch.cat([part.exploded for part in parts]),
-        requested,
-    )
+    def of_paths(self, begin: int, end: int) -> CovarianceSample:
+        """Return the sample of paths ``begin`` to ``end`` - 1, which shares this one's memory."""
+        return CovarianceSample(
+            self.source,
+            self.times,
+            self.covariances[:, begin:end],
+            self.stop_times[begin:end],
+            self.exploded[begin:end],
+            self.requested,
+        )
 
 
 def quantile(values: Tensor, levels: Sequence[float]) -> Tensor:
