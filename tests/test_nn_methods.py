@@ -351,19 +351,28 @@ def test_autocast(kind, method, has_skip, has_normalization):
     assert relative_error(out.hidden_states, golden) <= roundings * rounding_error(torch.bfloat16)
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
-def test_block_compiles_to_one_graph(method):
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_model_compiles_to_one_graph_of_any_length(method):
     torch._dynamo.reset()
-    block = scatter(build(method).blocks[0])
-    x = stream(2, 5)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    out, expected = compiled(x), block(x)
-    assert_equal(out, expected)
-    gradients = [
-        torch.autograd.grad(y.square().sum(), list(block.parameters())) for y in (out, expected)
-    ]
-    for found, wanted in zip(*gradients, strict=True):
-        assert_equal(found, wanted, depth=3)
+    model = scatter(build(method))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def check(length):
+        x = tokens(2, length)
+        found = compiled(x, x)
+        expected = model(x, x)
+        assert_equal(found.logits, expected.logits, depth=2)
+        gradients = [
+            torch.autograd.grad(out.loss, list(model.parameters())) for out in (found, expected)
+        ]
+        for pair in zip(*gradients, strict=True):
+            assert_equal(*pair, depth=6)
+
+    check(6)
+    check(9)  # from here on the length is a symbol
+    with torch.compiler.set_stance("fail_on_recompile"):
+        check(13)
     torch._dynamo.reset()
 
 
