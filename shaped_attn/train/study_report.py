@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from .. import plots
 from .study import Study, StudyRun, Variant
@@ -14,14 +13,7 @@ from .trainer import FINISHED
 if TYPE_CHECKING:
     from rich.table import Table
 
-_MARGIN = 0.05  # of the vertical axis, above its start and below the lowest loss
-_DASHES: dict[str, Any] = {
-    "neither": "-",
-    "skip": (0, (5, 1.5)),
-    "norm": (0, (2.5, 1.2)),
-    "skip + norm": (0, (1, 1.6)),
-}
-
+_MARGIN = 0.05  # of the range of the losses, above and below it
 
 def table(study: Study) -> Table:
     """Return final validation losses: one row for each variant, one column for each depth."""
@@ -44,8 +36,17 @@ def table(study: Study) -> Table:
 def _cell(run: StudyRun | None, shows_rate: bool) -> str:
     if run is None:
         return "-"
-    text = "diverged" if run.result.status != FINISHED else f"{run.result.loss:.3f}"
-    return f"{text} at {run.learning_rate:g}" if shows_rate else text
+    if run.result.status != FINISHED:
+        return "diverged"  # at every learning rate
+    text = f"{run.result.loss:.3f}"
+    return f"{text} at {_short(run.learning_rate)}" if shows_rate else text
+
+
+def _short(rate: float) -> str:
+    """Return the shorter of 0.0003 and 3e-4."""
+    digits, exponent = f"{rate:.15e}".split("e")
+    scientific = f"{float(digits):g}e{int(exponent)}"
+    return min(f"{rate:g}", scientific, key=len)
 
 
 def _variants(study: Study) -> list[Variant]:
@@ -53,40 +54,50 @@ def _variants(study: Study) -> list[Variant]:
 
 
 def plot(study: Study) -> Figure:
-    """Draw the validation loss over the steps, one panel for each depth.
+    """Draw the final validation loss over depth, one panel for each choice of skips and norm.
 
-    Of several learning rates the one with the lowest final loss is drawn. A cross is where a run
-    diverged; the dotted line is what byte frequencies alone give.
+    Of several learning rates the one with the lowest final loss is drawn. A cross at the upper edge
+    is a run that diverged; the dotted line is what byte frequencies alone give.
     """
     best = study.best()
     depths = sorted({depth for _, depth in best})
     methods = list(dict.fromkeys(variant.method for variant in _variants(study)))
-    figure, panels = plots._figure(len(depths), None)
-    # Where losses start depends on the method; what they come to is to be seen.
-    ends = [loss for run in best.values() for _, loss in run.result.validation[-1:]]
-    low, high = min([study.unigram_entropy, *ends]), max([study.unigram_entropy, *ends])
+    wirings = list(dict.fromkeys(variant.parts for variant in _variants(study)))
+    losses = [run.result.loss for run in best.values() if run.result.status == FINISHED]
+    low, high = min([study.unigram_entropy, *losses]), max([study.unigram_entropy, *losses])
+    margin = _MARGIN * max(high - low, 0.1)
+    figure, panels = plots._figure(len(wirings), None)
     handles: dict[str, Any] = {}
-    for axes, depth in zip(panels, depths, strict=True):
-        for (variant, at), run in best.items():
-            if at != depth or not run.result.validation:
+    for axes, parts in zip(panels, wirings, strict=True):
+        axes.set_ylim(low - margin, high + 2 * margin)
+        for index, method in enumerate(methods):
+            found = [
+                run
+                for (variant, _), run in best.items()
+                if (variant.method, variant.parts) == (method, parts)
+            ]
+            if not found:
                 continue
-            color = plots._COLORS[methods.index(variant.method) % len(plots._COLORS)]
-            steps, losses = zip(*run.result.validation, strict=True)
-            dashes = _DASHES[variant.parts]
-            axes.plot(steps, losses, color=color, linestyle=dashes, linewidth=1.6)
-            if run.result.status != FINISHED:
-                axes.plot(steps[-1:], losses[-1:], "X", color=color, markersize=8)
-            handles[variant.method] = Line2D([], [], color=color, linewidth=1.6)
+            color = plots._COLORS[index % len(plots._COLORS)]
+            ended = sorted(
+                (run.depth, run.result.loss) for run in found if run.result.status == FINISHED
+            )
+            (line,) = axes.plot(*zip(*ended, strict=True) if ended else ([], []), "o-", color=color)
+            line.set(linewidth=1.6, markersize=4)
+            handles.setdefault(method, line)
+            for run in found:
+                if run.result.status != FINISHED:
+                    axes.plot(run.depth, high + margin, "X", color=color, markersize=8)
         level = axes.axhline(
             study.unigram_entropy, color=plots._SOFT, linestyle=(0, (1, 1.6)), linewidth=1.2
         )
-        axes.set_ylim(low - _MARGIN * high, high * (1 + 4 * _MARGIN))
-        axes.set_title(f"depth {depth}", loc="left", fontsize=11, color=plots._INK)
-        axes.set_xlabel("step")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.set_xticks([], minor=True)
+        axes.margins(x=0.08)
+        axes.set_title(parts, loc="left", fontsize=11, color=plots._INK)
+        axes.set_xlabel("depth")
         axes.set_ylabel("validation loss (nats per byte)")
-        axes.margins(x=0.02)
-    for parts in dict.fromkeys(variant.parts for variant in _variants(study)):
-        handles[parts] = Line2D([], [], color=plots._INK, linestyle=_DASHES[parts])
     handles["byte frequencies"] = level
     plots._legend(figure, handles, None)
     return figure
