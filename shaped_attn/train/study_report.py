@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _MARGIN = 0.05  # of the range of the losses, above and below it
 
+
 def table(study: Study) -> Table:
     """Return final validation losses: one row for each variant, one column for each depth."""
     from rich.table import Table
