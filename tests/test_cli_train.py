@@ -291,4 +291,4 @@ def test_a_study_names_the_runs_that_diverged(tmp_path):
     result = invoke(*study_flags(), *options)
     assert result.exit_code == 0
     assert "Diverged: e_spa with neither, depth 2, learning rate 1e+30: the" in result.stdout
-    assert "at 0.001" in result.stdout
+    assert "at 1e-3" in result.stdout
