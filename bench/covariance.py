@@ -133,21 +133,21 @@ def main() -> None:
     print(f"\n{arguments.paths} paths x {arguments.steps} steps, m = {arguments.tokens}, float64")
     columns = {"chain": "chain", "euler_maruyama": "E.-M.", **{name: name for name in EXPLICIT}}
     print(f"{'':20}" + "".join(f"{title:>11}" for title in columns.values()) + "   ratios")
-    report = {"torch": torch.__version__, "threads": torch.get_num_threads(), "total": {}}
+    report = {"torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": {}}
     for name, settings in BLOCKS.items():
         found = compare(
             settings, arguments.tokens, arguments.paths, arguments.steps, arguments.rounds
         )
-        report["total"][name] = found
+        report["seconds"][name] = found
         line = f"{name:20}" + "".join(f"{found[column]:10.2f}s" for column in columns)
         for explicit in EXPLICIT:
             ratios = (f"{found[explicit] / found[sampler]:.1f}" for sampler in SAMPLERS)
             line += f"   {explicit} / ours {', '.join(ratios)}"
         print(line)
-    report["microseconds_per_path_step"] = {}
+    report["seconds_per_path_step"] = {}
     for name, settings in BLOCKS.items():
         found = growth(settings, arguments.growth_tokens, arguments.rounds)
-        report["microseconds_per_path_step"][name] = found
+        report["seconds_per_path_step"][name] = found
         print(f"\n{name}: microseconds for a step of a path (exponent of m since the line above)")
         previous = None
         for m, times in found.items():
