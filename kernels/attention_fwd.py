@@ -29,9 +29,15 @@ from .value_sums import value_block_sums, visible_value_sum
 
 
 @triton.jit
-def _rescale(acc, excess_sum, reference, row_max, scores):
-    """Raise the row maximum to the next integer above `scores`: every factor is a power of two."""
-    new_max = tl.maximum(row_max, tl.math.ceil(tl.max(scores, 1)))
+def _rescale(acc, excess_sum, reference, row_max, scores, CENTERED: tl.constexpr):
+    """Raise the row maximum to that of `scores`, if centred to an integer at or above it.
+
+    Factors are then powers of two. Without a centre the largest weight is 1, which no dtype rounds.
+    """
+    block_max = tl.max(scores, 1)
+    if CENTERED:
+        block_max = tl.math.ceil(block_max)
+    new_max = tl.maximum(row_max, block_max)
     # A row that has seen no key has maximum -inf: a finite pivot keeps exp2 free of inf - inf.
     pivot = tl.where(new_max == -float("inf"), 0.0, new_max)
     factor = tl.math.exp2(row_max - pivot)
@@ -148,7 +154,7 @@ def attention_fwd_kernel(
             )
         scores = tl.where(visible, scores, -float("inf"))
         weights, acc, excess_sum, reference, row_max = _rescale(
-            acc, excess_sum, reference, row_max, scores
+            acc, excess_sum, reference, row_max, scores, CENTERED
         )
         if WEIGHED:
             ones = tl.where(visible, 1.0, 0.0)
@@ -193,7 +199,7 @@ def attention_fwd_kernel(
             zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
             scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
             weights, acc, excess_sum, reference, row_max = _rescale(
-                acc, excess_sum, reference, row_max, scores
+                acc, excess_sum, reference, row_max, scores, CENTERED
             )
             if CENTERED:
                 weights -= reference[:, None]
@@ -285,8 +291,8 @@ class ForwardResult(NamedTuple):
     out (B, H, T, Dv) and lse (B, H, T) are the results. The others are for the backward, empty
     unless saved: excess (B, H, T, Dv) is the centred softmax part Z, or the softmax part itself
     when nothing is centred; center (B, H, T, Dv) float32 is the centre, kept only where a mask or
-    a prior weighs the keys; row_stats (3, B, H, T) float32 holds the integer row maximum in log2
-    units, one over the normaliser, and the sum of weights (n, or D of a prior).
+    a prior weighs the keys; row_stats (3, B, H, T) float32 holds m of (3), one over the normaliser,
+    and the sum of weights (n, or D of a prior).
     """
 
     out: torch.Tensor

@@ -12,14 +12,34 @@ settings.load_profile("repeatable")
 # A shell lets its background jobs ignore Ctrl-C, and Python keeps that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+HAS_GPU = torch.cuda.is_available()
+
 # Triton reads this once, when a kernel is first defined.
-if not torch.cuda.is_available():
+if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Markers of what a machine with a GPU cannot show; they are described in pyproject.toml.
+SKIPPED_ON_A_GPU = {
+    "cpu": "says something about the default implementation of a CPU",
+    "interpreter": "says something about Triton's interpreter, which is off where there is a GPU",
+}
 
 # Every xdist worker would otherwise start one thread per core.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _workers > 1:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // _workers))
+
+
+def pytest_runtest_setup(item):
+    for name, reason in SKIPPED_ON_A_GPU.items():
+        if HAS_GPU and item.get_closest_marker(name):
+            pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The GPU if there is one. Draw on the CPU and move, for the same numbers everywhere."""
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
