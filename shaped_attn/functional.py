@@ -11,6 +11,10 @@ from . import composite, ops, reference, validation
 from .arguments import Gain, Gains
 from .priors import ESPA, USPA, resolve_prior
 
+# torch.amp.is_autocast_available tells too, but torch 2.11 cannot compile it.
+NO_AUTOCAST = ("fpga", "hip", "ideep", "lazy", "meta", "mkldnn", "opencl", "opengl", "ve", "vulkan")
+"""Types of device without autocast."""
+
 
 def shaped_attention(
     q: Tensor,
@@ -127,9 +131,8 @@ def shaped_attention(
     """
     validation.check_tensors(q, k, v, residual)
     device_type = q.device.type
-    has_autocast = torch.amp.is_autocast_available(device_type)  # not for "meta"
-    is_autocast = has_autocast and torch.is_autocast_enabled(device_type)
-    if is_autocast:
+    under_autocast = is_autocast(q)
+    if under_autocast:
         q, k, v, residual = _autocast(q, k, v, residual, torch.get_autocast_dtype(device_type))
     gains, q_offset, attn_mask = validation.check_call(
         q,
@@ -165,7 +168,7 @@ def shaped_attention(
     if impl == "triton":
         out, lse = ops.attention_from_gains(q, k, v, residual, gains, **visibility, prior=table)
         return (out, lse) if return_lse else out
-    with torch.autocast(device_type, enabled=False) if is_autocast else nullcontext():
+    with torch.autocast(device_type, enabled=False) if under_autocast else nullcontext():
         if impl == "torch":
             out, lse = composite.attention(
                 q, k, v, residual, gains, **visibility, prior=table, return_lse=return_lse
@@ -180,6 +183,12 @@ def shaped_attention(
                 q, k, v, residual, gains, **visibility, log_prior=log_prior
             )
     return (out, lse) if return_lse else out
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is active for the device of ``x``."""
+    device_type = x.device.type
+    return device_type not in NO_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(

@@ -102,12 +102,14 @@ class ESPA:
         He et al., Deep Transformers without Shortcuts, arXiv 2302.10322.
     """
 
+    _PARAMETERS = ("decay_in", "decay_out")
+
     decay_in: Gain = math.inf
     decay_out: Gain = 0.005
 
     def __post_init__(self) -> None:
         """Check the rates, those that are numbers: the values of a Tensor are not looked at."""
-        for name in ("decay_in", "decay_out"):
+        for name in self._PARAMETERS:
             _check_parameter("ESPA", name, getattr(self, name))
         low, high = self.decay_out, self.decay_in
         if not isinstance(low, Tensor) and not 0 < low < math.inf:
@@ -216,12 +218,14 @@ class USPA:
         He et al., Deep Transformers without Shortcuts, arXiv 2302.10322.
     """
 
+    _PARAMETERS = ("rho_in", "rho_out")
+
     rho_in: Gain = 0.0
     rho_out: Gain = 0.8
 
     def __post_init__(self) -> None:
         """Check the correlations, those that are numbers."""
-        for name in ("rho_in", "rho_out"):
+        for name in self._PARAMETERS:
             value = getattr(self, name)
             _check_parameter("USPA", name, value)
             if isinstance(value, Tensor) and value.requires_grad:
@@ -340,7 +344,7 @@ def resolve_prior(
             type(prior).__name__,
             "Leave it out for the uniform prior.",
         )
-    for name in vars(prior):
+    for name in prior._PARAMETERS:  # not vars, which torch 2.11 cannot compile
         value = getattr(prior, name)
         if isinstance(value, Tensor) and value.ndim == 1 and value.shape[0] not in (1, heads):
             fail(

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..functional import is_autocast
 from ..validation import check_flag, fail
 from .attention import ShapedAttention
 from .checks import check_choice, check_number, check_shape, check_size
 from .initialization import Initialized, Law, constant
 from .mlp import MLP, ShapedMLP
 from .positions import Rotary
-from .projection import is_autocast
 
 NORMS = (None, "rms", "layer")
 NORM_EPS = 1e-6

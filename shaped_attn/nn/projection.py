@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import Gain
+from ..functional import is_autocast
 from ..validation import check_residual_gain, fail
 from .initialization import Initialized, Law, gaussian
 
@@ -132,12 +133,6 @@ class Projection(Initialized, nn.Linear):
         if self.weight.ndim == 3:
             text += f", networks={self.weight.shape[0]}"
         return f"{text}, law={self.law.__name__}"
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is active for the device of ``x``."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _is_one(gain: Gain) -> bool:
