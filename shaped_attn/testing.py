@@ -121,8 +121,9 @@ def make_inputs(
     sink: bool = False,
     scale: float | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Inputs:
-    """Draw normal inputs on the CPU, rounded to the dtypes of the case.
+    """Draw normal inputs, rounded to the dtypes of the case.
 
     Args:
         case: sizes and dtypes.
@@ -135,6 +136,7 @@ def make_inputs(
         scale: the scale the logits will be multiplied by; None is the default of
             `shaped_attention`.
         seed: of a generator of its own.
+        device: where the inputs are returned. They are drawn on the CPU, the same for all devices.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -160,7 +162,8 @@ def make_inputs(
         q[..., 0] += strength
         k[..., 0] = 0
         k[:, :, 0, 0] = 8 / (scale * strength)
-    return Inputs(q.to(case.dtype), k.to(case.dtype), v.to(case.dtype), residual)
+    q, k, v = (x.to(case.dtype).to(device) for x in (q, k, v))
+    return Inputs(q, k, v, None if residual is None else residual.to(device))
 
 
 def make_options(

@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from shaped_attn import ops, shaped_attention
 from shaped_attn.testing import (
     Case,
+    assert_within_budget,
     forward_backward,
+    gain_conditions,
     make_inputs,
     make_options,
     relative_error,
@@ -28,11 +30,11 @@ def impl(request):
     return request.param
 
 
-def inputs(impl, **sizes):
+def inputs(impl, device, **sizes):
     """q, k, v, residual in the widest dtype of the implementation."""
     dtype = torch.float32 if impl == "triton" else torch.float64
     sizes = {"queries": 20, "head_dim": 16, "dtype": dtype, "residual_dtype": dtype} | sizes
-    return make_inputs(Case(**sizes))
+    return make_inputs(Case(**sizes), device=device)
 
 
 def assert_equal(actual, expected, *, amplification=1.0):
@@ -45,11 +47,13 @@ def assert_equal(actual, expected, *, amplification=1.0):
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
 )
-def test_zero_queries_return_v(impl, dtype, is_causal):
+def test_zero_queries_return_v(impl, device, dtype, is_causal):
     """At zero logits softmax is the mean: with all gains 1 only the identity is left."""
     if impl == "triton" and dtype == torch.float64:
         pytest.skip("the Triton kernels have no float64")
-    _, k, v, _ = make_inputs(Case(queries=20, head_dim=16, dtype=dtype), value_mean=3.0)
+    _, k, v, _ = make_inputs(
+        Case(queries=20, head_dim=16, dtype=dtype), value_mean=3.0, device=device
+    )
     out = shaped_attention(torch.zeros_like(v), k, v, is_causal=is_causal, impl=impl)
     assert out.dtype == dtype
     assert relative_error(out, v) <= 4 * rounding_error(dtype)
@@ -58,8 +62,8 @@ def test_zero_queries_return_v(impl, dtype, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_zero_queries_with_other_gains(impl, is_causal):
-    q, k, v, residual = inputs(impl)
+def test_zero_queries_with_other_gains(impl, device, is_causal):
+    q, k, v, residual = inputs(impl, device)
     gains = {"identity_gain": 0.5, "softmax_gain": 2.0, "center_gain": 0.75}
     out = shaped_attention(
         0 * q,
@@ -74,14 +78,14 @@ def test_zero_queries_with_other_gains(impl, is_causal):
     )
     mean = v.mean(2, keepdim=True)
     if is_causal:
-        mean = v.cumsum(2) / torch.arange(1, 21, dtype=v.dtype)[:, None]
+        mean = v.cumsum(2) / torch.arange(1, 21, dtype=v.dtype, device=device)[:, None]
     assert_equal(out, 0.25 * residual + 3.0 * (0.5 * v + 1.25 * mean))
 
 
-def test_one_vector_added_to_all_values(impl):
+def test_one_vector_added_to_all_values(impl, device):
     """leaves softmax minus centre, and moves the sum of the terms by their gains."""
-    q, k, v, _ = inputs(impl)
-    shift = 3 * torch.randn(2, 4, 1, 16, dtype=v.dtype)
+    q, k, v, _ = inputs(impl, device)
+    shift = 3 * torch.randn(2, 4, 1, 16, dtype=v.dtype).to(device)
     options = {"is_causal": True, "impl": impl, "scale": 0.25}
     centred = shaped_attention(q, k, v, identity_gain=0.0, **options)
     shifted = shaped_attention(q, k, v + shift, identity_gain=0.0, **options)
@@ -92,9 +96,9 @@ def test_one_vector_added_to_all_values(impl):
     assert_equal(moved, plain + 1.75 * shift)
 
 
-def test_one_vector_added_to_all_keys_changes_nothing(impl):
-    q, k, v, _ = inputs(impl)
-    shift = 3 * torch.randn(2, 4, 1, 16, dtype=v.dtype)
+def test_one_vector_added_to_all_keys_changes_nothing(impl, device):
+    q, k, v, _ = inputs(impl, device)
+    shift = 3 * torch.randn(2, 4, 1, 16, dtype=v.dtype).to(device)
     out, shifted = (
         shaped_attention(q, keys, v, scale=0.25, is_causal=True, impl=impl)
         for keys in (k, k + shift)
@@ -102,19 +106,19 @@ def test_one_vector_added_to_all_keys_changes_nothing(impl):
     assert_equal(shifted, out, amplification=12)  # rounding of logits of that size
 
 
-def test_order_of_the_keys_does_not_matter(impl):
-    q, k, v, _ = inputs(impl, keys=33)
-    order = torch.randperm(33)
+def test_order_of_the_keys_does_not_matter(impl, device):
+    q, k, v, _ = inputs(impl, device, keys=33)
+    order = torch.randperm(33).to(device)
     options = {"identity_gain": 0.0, "softmax_gain": 2.0, "scale": 0.25, "impl": impl}
     out = shaped_attention(q, k, v, **options)
     assert_equal(shaped_attention(q, k[:, :, order], v[:, :, order], **options), out)
 
 
-def test_causal_queries_do_not_see_later_rows(impl):
-    q, k, v, residual = inputs(impl)
+def test_causal_queries_do_not_see_later_rows(impl, device):
+    q, k, v, residual = inputs(impl, device)
     later = [x.clone() for x in (q, k, v, residual)]
     for x in later:
-        x[:, :, 12:] += torch.randn_like(x[:, :, 12:])
+        x[:, :, 12:] += torch.randn(2, 4, 8, 16, dtype=x.dtype).to(device)
     out, changed = (
         shaped_attention(*x, scale=0.25, is_causal=True, impl=impl)[:, :, :12]
         for x in ((q, k, v, residual), later)
@@ -125,9 +129,9 @@ def test_causal_queries_do_not_see_later_rows(impl):
         assert torch.equal(changed, out)
 
 
-def test_linear_in_values_and_residual(impl):
-    q, k, v, residual = inputs(impl)
-    other_v, other_residual = torch.randn_like(v), torch.randn_like(residual)
+def test_linear_in_values_and_residual(impl, device):
+    q, k, v, residual = inputs(impl, device)
+    other_v, other_residual = torch.randn(2, *v.shape, dtype=v.dtype).to(device)
     options = {
         "scale": 0.25,
         "skip_gain": 0.5,
@@ -141,9 +145,9 @@ def test_linear_in_values_and_residual(impl):
     assert_equal(sum_of, 2 * first + second)
 
 
-def test_linear_in_every_gain(impl):
+def test_linear_in_every_gain(impl, device):
     """out is the sum of its terms; one gain at a time gives them."""
-    q, k, v, residual = inputs(impl)
+    q, k, v, residual = inputs(impl, device)
     names = ("identity_gain", "softmax_gain", "center_gain", "skip_gain")
     values = dict(zip(names, (0.5, 2.0, 0.75, 0.25), strict=True))
     options = {"scale": 0.25, "is_causal": True, "impl": impl}
@@ -160,8 +164,8 @@ def test_linear_in_every_gain(impl):
     assert_equal(half, 0.5 * out + 0.5 * terms[3])
 
 
-def test_tensor_gains_equal_floats(impl):
-    q, k, v, residual = inputs(impl)
+def test_tensor_gains_equal_floats(impl, device):
+    q, k, v, residual = inputs(impl, device)
     values = {
         "identity_gain": 0.5,
         "softmax_gain": 2.0,
@@ -173,13 +177,13 @@ def test_tensor_gains_equal_floats(impl):
     options = {"is_causal": True, "impl": impl}
     out = shaped_attention(q, k, v, residual, **values, **options)
     for shape in ((), (4,)):
-        gains = {name: torch.full(shape, value) for name, value in values.items()}
+        gains = {name: torch.full(shape, value, device=device) for name, value in values.items()}
         assert_equal(shaped_attention(q, k, v, residual, **gains, **options), out)
 
 
-def test_gains_per_head_equal_calls_per_head(impl):
-    q, k, v, _ = inputs(impl, kv_heads=2)
-    gains = {"softmax_gain": torch.rand(4) + 0.5, "scale": torch.rand(4)}
+def test_gains_per_head_equal_calls_per_head(impl, device):
+    q, k, v, _ = inputs(impl, device, kv_heads=2)
+    gains = {"softmax_gain": torch.rand(4).to(device) + 0.5, "scale": torch.rand(4).to(device)}
     out = shaped_attention(q, k, v, **gains, impl=impl)
     for h in range(4):
         one = shaped_attention(
@@ -193,9 +197,9 @@ def test_gains_per_head_equal_calls_per_head(impl):
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_padded_batch_equals_separate_calls(impl, is_causal):
+def test_padded_batch_equals_separate_calls(impl, device, is_causal):
     """Left, right and both-sided padding; queries keep their positions."""
-    q, k, v, _ = inputs(impl, batch=3)
+    q, k, v, _ = inputs(impl, device, batch=3)
     start, end = [4, 0, 2], [20, 13, 17]
     out, lse = shaped_attention(
         q,
@@ -203,8 +207,8 @@ def test_padded_batch_equals_separate_calls(impl, is_causal):
         v,
         scale=0.25,
         is_causal=is_causal,
-        key_start=torch.tensor(start),
-        key_end=torch.tensor(end),
+        key_start=torch.tensor(start, device=device),
+        key_end=torch.tensor(end, device=device),
         return_lse=True,
         impl=impl,
     )
@@ -224,19 +228,20 @@ def test_padded_batch_equals_separate_calls(impl, is_causal):
         assert_equal(lse[entry, :, rows], one_lse)
 
 
-def test_key_range_and_causality_equal_a_mask(impl):
-    q, k, v, _ = inputs(impl, queries=9, keys=20)
-    start, end = torch.tensor([4, 0]), torch.tensor([20, 13])
-    key, position = torch.arange(20), 11 + torch.arange(9)[:, None]
+def test_key_range_and_causality_equal_a_mask(impl, device):
+    q, k, v, _ = inputs(impl, device, queries=9, keys=20)
+    start, end = torch.tensor([[4, 0], [20, 13]], device=device)
+    key = torch.arange(20, device=device)
+    position = 11 + torch.arange(9, device=device)[:, None]
     mask = (key >= start[:, None, None, None]) & (key < end[:, None, None, None])
     mask = mask & (key <= position)
     out = shaped_attention(q, k, v, is_causal=True, key_start=start, key_end=end, impl=impl)
     assert_equal(shaped_attention(q, k, v, attn_mask=mask, impl=impl), out)
 
 
-def test_prefill_equals_decode(impl):
+def test_prefill_equals_decode(impl, device):
     """One query at a time over a growing cache, with the default q_offset."""
-    q, k, v, residual = inputs(impl, kv_heads=2)
+    q, k, v, residual = inputs(impl, device, kv_heads=2)
     options = {"scale": 0.25, "is_causal": True, "impl": impl}
     out = shaped_attention(q, k, v, residual, **options)
     for t in (0, 1, 7, 19):
@@ -253,8 +258,8 @@ def test_prefill_equals_decode(impl):
     assert_equal(chunk, expected)
 
 
-def test_disjoint_key_sets_merge_by_lse(impl):
-    q, k, v, _ = inputs(impl, keys=33)
+def test_disjoint_key_sets_merge_by_lse(impl, device):
+    q, k, v, _ = inputs(impl, device, keys=33)
     options = {"identity_gain": 0.0, "center_gain": 0.0, "scale": 0.25}
     options |= {"return_lse": True, "impl": impl}
     out, lse = shaped_attention(q, k, v, **options)
@@ -269,12 +274,12 @@ def test_disjoint_key_sets_merge_by_lse(impl):
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["heads", "grouped"])
 @pytest.mark.parametrize("visibility", ["full", "causal", "mask"])
-def test_softmax_alone_is_sdpa(impl, visibility, grouped):
-    q, k, v, _ = inputs(impl, kv_heads=2 if grouped else 4)
+def test_softmax_alone_is_sdpa(impl, device, visibility, grouped):
+    q, k, v, _ = inputs(impl, device, kv_heads=2 if grouped else 4)
     options = {
         "full": {},
         "causal": {"is_causal": True},
-        "mask": {"attn_mask": torch.rand(20, 20).gt(0.3) | torch.eye(20).bool()},
+        "mask": {"attn_mask": (torch.rand(20, 20).gt(0.3) | torch.eye(20).bool()).to(device)},
     }[visibility]
     out = shaped_attention(
         q, k, v, identity_gain=0.0, center_gain=0.0, scale=0.25, **options, impl=impl
@@ -288,16 +293,16 @@ def test_softmax_alone_is_sdpa(impl, visibility, grouped):
 @pytest.mark.parametrize("gain", ["softmax_gain", "center_gain", "scale", "identity_gain"])
 @pytest.mark.parametrize("value", [0.0, 0.7])
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-def test_gradient_of_a_gain_is_the_difference_quotient(impl, gain, value):
+def test_gradient_of_a_gain_is_the_difference_quotient(impl, device, gain, value):
     """At zero as well, where a fixed gain would skip its term."""
-    q, k, v, residual = inputs(impl)
-    d_out = torch.randn_like(v)
+    q, k, v, residual = inputs(impl, device)
+    d_out = torch.randn(v.shape, dtype=v.dtype).to(device)
 
     def loss(x):
         out = shaped_attention(q, k, v, residual, **{gain: x}, is_causal=True, impl=impl)
         return (out * d_out).sum()
 
-    x = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor(value, dtype=torch.float64, device=device, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss(x), x)
     step = 1e-6
     with torch.no_grad():
@@ -305,15 +310,15 @@ def test_gradient_of_a_gain_is_the_difference_quotient(impl, gain, value):
     torch.testing.assert_close(gradient, quotient, rtol=1e-6, atol=1e-6)
 
 
-def test_equal_calls_give_equal_bits(impl):
-    q, k, v, residual = inputs(impl, kv_heads=2)
-    mask, gain = torch.rand(20, 20).gt(0.3), torch.rand(4)
+def test_equal_calls_give_equal_bits(impl, device):
+    q, k, v, residual = inputs(impl, device, kv_heads=2)
+    mask, gain = torch.rand(20, 20).gt(0.3).to(device), torch.rand(4).to(device)
     first, second = (
         forward_backward(
             shaped_attention,
             {"q": q, "k": k, "v": v, "residual": residual, "softmax_gain": gain},
             torch.ones_like(residual),
-            torch.ones(2, 4, 20),
+            torch.ones(2, 4, 20, device=device),
             attn_mask=mask,
             return_lse=True,
             impl=impl,
@@ -327,17 +332,18 @@ def test_equal_calls_give_equal_bits(impl):
 # Dispatch
 
 
-def test_auto_is_torch_on_a_cpu():
-    q, k, v, residual = inputs("torch")
-    auto, torch_impl, reference = (
+def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(device):
+    chosen = "triton" if device.type == "cuda" else "torch"
+    q, k, v, residual = inputs(chosen, device)
+    auto, expected, reference = (
         shaped_attention(q, k, v, residual, is_causal=True, impl=impl)
-        for impl in ("auto", "torch", "reference")
+        for impl in ("auto", chosen, "reference")
     )
-    assert torch.equal(auto, torch_impl)
+    assert torch.equal(auto, expected)
     assert not torch.equal(auto, reference)  # rounded differently
 
 
-def test_triton_gets_the_resolved_arguments(monkeypatch):
+def test_triton_gets_the_resolved_arguments(monkeypatch, device):
     found = {}
 
     def attention_from_gains(*args, **options):
@@ -346,10 +352,10 @@ def test_triton_gets_the_resolved_arguments(monkeypatch):
 
     monkeypatch.setattr(ops, "attention_from_gains", attention_from_gains)
     q, k, v, residual = make_inputs(
-        Case(queries=5, keys=9, head_dim=16, residual_dtype=torch.float32)
+        Case(queries=5, keys=9, head_dim=16, residual_dtype=torch.float32), device=device
     )
-    gain = torch.ones(4)
-    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    gain = torch.ones(4, device=device)
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool, device=device)
     out, lse = shaped_attention(
         q,
         k,
@@ -375,8 +381,8 @@ def test_triton_gets_the_resolved_arguments(monkeypatch):
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_second_derivatives_are_right_or_an_error(impl):
-    q, k, v, _ = make_inputs(Case(1, 1, 1, 3, 3, 2, dtype=torch.float64))
+def test_second_derivatives_are_right_or_an_error(impl, device):
+    q, k, v, _ = make_inputs(Case(1, 1, 1, 3, 3, 2, dtype=torch.float64), device=device)
     arguments = [x.requires_grad_() for x in (q, k, v)]
 
     def function(q, k, v):
@@ -402,13 +408,14 @@ def test_docstring_example():
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_autocast_casts_q_k_v_and_keeps_a_wider_residual(impl):
-    q, k, v, residual = make_inputs(Case(queries=20, residual_dtype=torch.float32), value_mean=3)
+def test_autocast_casts_q_k_v_and_keeps_a_wider_residual(impl, device):
+    case = Case(queries=20, residual_dtype=torch.float32)
+    q, k, v, residual = make_inputs(case, value_mean=3, device=device)
     q = q.to(torch.float16)  # mixed dtypes are an error without autocast
-    gain = torch.tensor(0.9, requires_grad=True)
+    gain = torch.tensor(0.9, device=device, requires_grad=True)
     leaves = [x.requires_grad_() for x in (q, k, v, residual)]
     options = {"softmax_gain": gain, "is_causal": True, "return_lse": True, "impl": impl}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         out, lse = shaped_attention(*leaves, **options)
         without_residual, _ = shaped_attention(*leaves[:3], **options)
     assert out.dtype == torch.float32 and lse.dtype == torch.float32
@@ -424,9 +431,9 @@ def test_autocast_casts_q_k_v_and_keeps_a_wider_residual(impl):
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_autocast_leaves_float64_and_narrow_residuals_right(impl):
-    q, k, v, residual = inputs(impl)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_leaves_float64_and_narrow_residuals_right(impl, device):
+    q, k, v, residual = inputs(impl, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         out = shaped_attention(q, k, v, residual, impl=impl)
         assert torch.equal(out, shaped_attention(q, k, v, residual, impl=impl))
         assert out.dtype == torch.float64
@@ -455,27 +462,39 @@ COMPILED = {
 }
 
 
-def compiled_and_eager(function, length, options):
-    """Results of one compiled and one eager call, with gradients of all inputs and gains."""
+def assert_equals_eager(function, device, length, options):
+    """One call with the gradients of all inputs and gains is as accurate as an eager one."""
     case = Case(queries=length, kv_heads=2, head_dim=8, residual_dtype=torch.float32)
     tensors = make_inputs(case)._asdict()
     tensors |= {"identity_gain": torch.rand(4), "softmax_gain": torch.tensor(0.9)}
     tensors |= {"scale": torch.rand(4)}
-    options = {name: x(length) if callable(x) else x for name, x in options.items()}
-    d_out, d_lse = torch.randn(2, 4, length, 8), torch.randn(2, 4, length)
-    return tuple(
-        forward_backward(call, tensors, d_out, d_lse, return_lse=True, impl="torch", **options)
-        for call in (function, shaped_attention)
-    )
+    tensors = {name: x.to(device) for name, x in tensors.items()}
+    options = {name: x(length).to(device) if callable(x) else x for name, x in options.items()}
+    d_out, d_lse = torch.randn(2, 4, length, 8).to(device), torch.randn(2, 4, length).to(device)
+
+    def run(call, convert, impl):
+        arguments = {name: convert(x) for name, x in tensors.items()}
+        return forward_backward(
+            call, arguments, d_out, d_lse, return_lse=True, impl=impl, **options
+        )
+
+    found = run(function, lambda x: x, "torch")
+    eager = run(shaped_attention, lambda x: x, "torch")
+    golden = run(shaped_attention, lambda x: x.double(), "reference")
+    assert_as_accurate(found, eager, golden, gain_conditions(tensors, d_out, golden, **options))
 
 
-def assert_compiled_equals_eager(compiled, eager):
+def assert_as_accurate(found, eager, golden, conditions):
+    """Another order of the same float32 arithmetic."""
     for name in eager:
-        finite = eager[name].isfinite()
-        assert torch.equal(compiled[name].isfinite(), finite), name
-        error = relative_error(compiled[name][finite], eager[name][finite])
-        # Sums over up to 2 x 4 x 300 x 8 terms in another order.
-        assert error <= 64 * rounding_error(torch.float32), name
+        assert_within_budget(
+            found[name],
+            golden[name],
+            eager[name],
+            factor=2,
+            name=name,
+            rounding=9 * rounding_error(torch.float32) * conditions.get(name, 1.0),
+        )
 
 
 @pytest.fixture
@@ -488,11 +507,14 @@ def fresh_compiler():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
-def test_compile_with_a_dynamic_length(fresh_compiler, name):
-    """One whole graph, compiled once for several lengths."""
+def test_compile_with_a_dynamic_length(fresh_compiler, device, name):
+    """One whole graph, compiled once for several lengths.
+
+    They are multiples of 8, for which torch's attention on GPUs does not pad the mask.
+    """
     function = torch.compile(shaped_attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (40, 48, 60):
-        assert_compiled_equals_eager(*compiled_and_eager(function, length, COMPILED[name]))
+    for length in (40, 48, 64):
+        assert_equals_eager(function, device, length, COMPILED[name])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -501,22 +523,22 @@ def test_compile_with_a_dynamic_length(fresh_compiler, name):
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="inductor needs a C++ compiler",
 )
-def test_compile_with_inductor(fresh_compiler):
+def test_compile_with_inductor(fresh_compiler, device):
     function = torch.compile(shaped_attention, fullgraph=True, dynamic=True)
     for length in (40, 60):
-        assert_compiled_equals_eager(*compiled_and_eager(function, length, COMPILED["causal"]))
+        assert_equals_eager(function, device, length, COMPILED["causal"])
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compile_of_several_chunks(fresh_compiler, name):
+def test_compile_of_several_chunks(fresh_compiler, device, name):
     """More rows than one chunk has: a whole graph again, but one for each length."""
     function = torch.compile(shaped_attention, fullgraph=True, backend="aot_eager")
-    assert_compiled_equals_eager(*compiled_and_eager(function, 300, COMPILED[name]))
+    assert_equals_eager(function, device, 300, COMPILED[name])
 
 
-def test_compile_reports_argument_errors(fresh_compiler):
+def test_compile_reports_argument_errors(fresh_compiler, device):
     function = torch.compile(shaped_attention, backend="eager")
-    q, k, v, _ = make_inputs(Case(queries=8))
+    q, k, v, _ = make_inputs(Case(queries=8), device=device)
     with pytest.raises(Exception, match="k must have the head dimension of q, 32"):
         function(q, k[..., :16], v)
 
@@ -533,20 +555,25 @@ def test_compile_reports_argument_errors(fresh_compiler):
     ],
     ids=lambda case: case.id,
 )
-def test_activation_checkpointing_changes_no_bit(case):
+def test_activation_checkpointing_changes_nothing(case, device):
     """Also around the chunks that ``impl="torch"`` recomputes itself."""
-    q, k, v, _ = make_inputs(case)
-    options = make_options(case) | {"impl": "torch"}
+    q, k, v, _ = make_inputs(case, device=device)
+    options = make_options(case, device=device)
 
-    def plain(q, k, v, gain):
-        return shaped_attention(q, k, v, softmax_gain=gain, **options)
+    def plain(q, k, v, softmax_gain):
+        return shaped_attention(q, k, v, softmax_gain=softmax_gain, **options, impl="torch")
 
-    def checkpointed(q, k, v, gain):
-        return checkpoint(plain, q, k, v, gain, use_reentrant=False)
+    def checkpointed(q, k, v, softmax_gain):
+        return checkpoint(plain, q, k, v, softmax_gain, use_reentrant=False)
 
-    tensors = {"q": q, "k": k, "v": v, "gain": torch.tensor(0.8)}
-    d_out = torch.randn_like(q)
+    tensors = {"q": q, "k": k, "v": v, "softmax_gain": torch.tensor(0.8, device=device)}
+    d_out = torch.randn(q.shape).to(device)
     actual = forward_backward(checkpointed, tensors, d_out)
     expected = forward_backward(plain, tensors, d_out)
-    for name in expected:
+    # On a GPU torch's attention adds up its gradients in no fixed order.
+    for name in expected if device.type == "cpu" else ["out"]:
         assert torch.equal(actual[name], expected[name]), name
+    doubles = {name: x.double() for name, x in tensors.items()}
+    golden = forward_backward(shaped_attention, doubles, d_out, **options, impl="reference")
+    conditions = gain_conditions(tensors, d_out, golden, **options)
+    assert_as_accurate(actual, expected, golden, conditions)

@@ -18,50 +18,58 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import shaped_attn  # noqa: F401 (registers the operator)
 from shaped_attn import ESPA, USPA, shaped_attention
-from shaped_attn.testing import Case, make_inputs, relative_error
+from shaped_attn.testing import Case, make_inputs, relative_error, rounding_error
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OP = torch.ops.shaped_attn.attention.default
 
 
-def draw(dtype=torch.float32, requires_grad=False, length=20, **sizes):
+def draw(device, dtype=torch.float32, requires_grad=False, length=20, **sizes):
     case = Case(1, 2, 1, queries=length, head_dim=16, dtype=dtype, **sizes)
-    inputs = [x.to(DEVICE) for x in make_inputs(case) if x is not None]
+    inputs = [x for x in make_inputs(case, device=device) if x is not None]
     return [x.requires_grad_(requires_grad) for x in inputs]
 
 
-def gain(value=0.9, per_head=True):
-    return torch.full((2,) if per_head else (), value, device=DEVICE, requires_grad=True)
+def gain(device, value=0.9, per_head=True):
+    return torch.full((2,) if per_head else (), value, device=device, requires_grad=True)
 
 
+# Tensors by name, to be made on a device, and fixed options.
 OPCHECK_CALLS = {
     "defaults": ({}, {}),
     "causal_residual_gains": (
-        {"softmax_gain": gain(), "center_gain": gain(1.1, False), "scale": gain(0.2)},
+        {
+            "softmax_gain": gain,
+            "center_gain": lambda device: gain(device, 1.1, False),
+            "scale": lambda device: gain(device, 0.2),
+        },
         {"is_causal": True},
     ),
     "plain": ({}, {"fixed_identity_gain": 0.0, "fixed_center_gain": 0.0, "fixed_scale": 0.25}),
-    "mask": ({"attn_mask": torch.rand(1, 1, 20, 20, device=DEVICE) < 0.7}, {}),
-    "key_range": ({"key_start": torch.tensor([3], device=DEVICE)}, {"is_causal": True}),
+    "mask": ({"attn_mask": lambda device: torch.rand(1, 1, 20, 20).to(device) < 0.7}, {}),
+    "key_range": (
+        {"key_start": lambda device: torch.tensor([3], device=device)},
+        {"is_causal": True},
+    ),
     "geometric_prior": (
-        {"prior": torch.randn(2, 5, device=DEVICE).double().requires_grad_()},
+        {"prior": lambda device: torch.randn(2, 5).double().to(device).requires_grad_()},
         {"is_causal": True, "prior_form": "geometric"},
     ),
     "column_prior": (
-        {"prior": USPA(0.1, 0.5).table(20, DEVICE).values},
+        {"prior": lambda device: USPA(0.1, 0.5).table(20, device).values},
         {"is_causal": True, "prior_form": "column"},
     ),
-    "dense_prior": ({"prior": torch.randn(20, 20, device=DEVICE)}, {}),
+    "dense_prior": ({"prior": lambda device: torch.randn(20, 20).to(device)}, {}),
     "inference": ({}, {"save_for_backward": False}),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPCHECK_CALLS)
-def test_opcheck(name, dtype):
+def test_opcheck(name, dtype, device):
     tensors, options = OPCHECK_CALLS[name]
-    q, k, v = draw(dtype, requires_grad=name != "inference")
-    residual = torch.randn_like(q.detach()).float().requires_grad_(name != "inference")
+    tensors = {name: make(device) for name, make in tensors.items()}
+    q, k, v = draw(device, dtype, requires_grad=name != "inference")
+    residual = torch.randn(q.shape).to(device).requires_grad_(name != "inference")
     names = ("softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
     gains = [tensors.get(n) for n in ("identity_gain", *names)]
     visibility = [tensors.get(n) for n in ("attn_mask", "key_start", "key_end", "prior")]
@@ -71,15 +79,30 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(OP, arguments, options)
 
 
-def test_opcheck_of_a_permuted_dense_input():
-    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in draw())
+def test_opcheck_of_a_permuted_dense_input(device):
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in draw(device))
     torch.library.opcheck(OP, (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), {})
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_opcheck_of_head_dims_that_are_padded(is_masked, device):
+    q = torch.randn(1, 2, 9, 5).to(device).requires_grad_()
+    k = torch.randn(1, 2, 9, 5).to(device).requires_grad_()
+    v = torch.randn(1, 2, 9, 11).to(device).requires_grad_()
+    mask = (torch.rand(1, 1, 9, 9) < 0.7).to(device) if is_masked else None
+    torch.library.opcheck(OP, (q, k, v), {"attn_mask": mask})
 
 
 def attend(q, k, v, softmax_gain, scale):
     return shaped_attention(
         q, k, v, q, softmax_gain=softmax_gain, scale=scale, is_causal=True, impl="triton"
     )
+
+
+def assert_same_kernels(found, expected):
+    """Up to what compiled code rounds otherwise around the operator: sums of two gradients."""
+    for x, y in zip(found, expected, strict=True):
+        assert relative_error(x, y) <= 8 * rounding_error(torch.float32)
 
 
 def gradients(function, *inputs):
@@ -97,22 +120,19 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_compiler)]
 )
-def test_compile_fullgraph(backend):
-    inputs = [*draw(), gain(), gain(0.3, False)]
+def test_compile_fullgraph(backend, device):
+    inputs = [*draw(device), gain(device), gain(device, 0.3, False)]
     compiled = torch.compile(attend, fullgraph=True, backend=backend)
-    for found, expected in zip(
-        gradients(compiled, *inputs), gradients(attend, *inputs), strict=True
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert_same_kernels(gradients(compiled, *inputs), gradients(attend, *inputs))
 
 
-def test_compile_takes_one_tensor_for_all_three():
-    x = draw()[0][:, :1]
+def test_compile_takes_one_tensor_for_all_three(device):
+    x = draw(device)[0][:, :1]
     compiled = torch.compile(
         lambda x: shaped_attention(x, x, x, impl="triton"), fullgraph=True, backend="aot_eager"
     )
     expected = shaped_attention(x, x, x, impl="triton")
-    torch.testing.assert_close(compiled(x), expected)
+    assert torch.equal(compiled(x), expected)
 
 
 def attend_with_espa(q, k, v, decay, scale):
@@ -126,40 +146,39 @@ def attend_with_uspa(q, k, v, softmax_gain, scale):
 
 
 @pytest.mark.parametrize("function", [attend, attend_with_espa, attend_with_uspa])
-def test_compile_does_not_specialise_the_length(function):
+def test_compile_does_not_specialise_the_length(function, device):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
     compilations = []
     for length in (17, 20, 33):
-        inputs = [*draw(length=length), gain(), gain(0.3, False)]
-        for found, expected in zip(
-            gradients(compiled, *inputs), gradients(function, *inputs), strict=True
-        ):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        inputs = [*draw(device, length=length), gain(device), gain(device, 0.3, False)]
+        assert_same_kernels(gradients(compiled, *inputs), gradients(function, *inputs))
         compilations.append(counter.frame_count)
     assert len(set(compilations)) == 1
 
 
-def test_export_with_a_dynamic_length():
+def test_export_with_a_dynamic_length(device):
     class Attend(torch.nn.Module):
         def forward(self, q, k, v):
             return shaped_attention(q, k, v, is_causal=True, impl="triton")
 
     length = torch.export.Dim("length", min=2, max=512)
     sizes = {2: length}
-    program = torch.export.export(Attend(), tuple(draw()), dynamic_shapes=(sizes, sizes, sizes))
+    program = torch.export.export(
+        Attend(), tuple(draw(device)), dynamic_shapes=(sizes, sizes, sizes)
+    )
     assert "shaped_attn.attention.default" in program.graph_module.code
-    longer = draw(length=41)
+    longer = draw(device, length=41)
     expected = shaped_attention(*longer, is_causal=True, impl="triton")
     assert torch.equal(program.module()(*longer), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(dtype):
-    q, k, v = draw(requires_grad=True)
-    residual = torch.randn_like(q)
-    with torch.autocast(DEVICE, dtype=dtype):
+def test_autocast(dtype, device):
+    q, k, v = draw(device, requires_grad=True)
+    residual = torch.randn(q.shape).to(device)
+    with torch.autocast(device.type, dtype=dtype):
         out = shaped_attention(q, k, v, residual, impl="triton")
     low = [x.detach().to(dtype) for x in (q, k, v)]
     assert out.dtype == torch.float32
@@ -168,14 +187,14 @@ def test_autocast(dtype):
     assert q.grad.dtype == torch.float32 and q.grad.isfinite().all()
 
 
-def test_activation_checkpointing():
-    inputs = [*draw(), gain(), gain(0.3, False)]
+def test_activation_checkpointing(device):
+    inputs = [*draw(device), gain(device), gain(device, 0.3, False)]
     expected = gradients(attend, *inputs)
     found = gradients(lambda *x: checkpoint(attend, *x, use_reentrant=False), *inputs)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_selective_checkpointing_sees_the_operator(monkeypatch):
+def test_selective_checkpointing_sees_the_operator(monkeypatch, device):
     from shaped_attn.kernels import attention_fwd
 
     calls = []
@@ -193,7 +212,7 @@ def test_selective_checkpointing_sees_the_operator(monkeypatch):
     ):
         calls.clear()
         options = {} if context_fn is None else {"context_fn": context_fn}
-        inputs = [*draw(), gain(), gain(0.3, False)]
+        inputs = [*draw(device), gain(device), gain(device, 0.3, False)]
         gradients(lambda *x, o=options: checkpoint(attend, *x, use_reentrant=False, **o), *inputs)
         assert len(calls) == expected
 
@@ -202,8 +221,8 @@ def attend_plain(q, k, v):
     return shaped_attention(q, k, v, impl="triton")
 
 
-def test_double_backward_is_refused():
-    q, k, v = draw(requires_grad=True)
+def test_double_backward_is_refused(device):
+    q, k, v = draw(device, requires_grad=True)
     out = attend_plain(q, k, v)
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     assert torch.equal(grad, torch.autograd.grad(attend_plain(q, k, v).sum(), q)[0])
@@ -211,14 +230,14 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
-def test_backward_without_saved_tensors_is_refused():
-    q, k, v = draw(requires_grad=True)
+def test_backward_without_saved_tensors_is_refused(device):
+    q, k, v = draw(device, requires_grad=True)
     out = OP(q, k, v, save_for_backward=False)[0]
     with pytest.raises(RuntimeError, match="save_for_backward must be True"):
         out.sum().backward()
 
 
-def test_nothing_is_saved_for_inference(monkeypatch):
+def test_nothing_is_saved_for_inference(monkeypatch, device):
     from shaped_attn.kernels import attention_fwd
 
     saved = []
@@ -229,7 +248,7 @@ def test_nothing_is_saved_for_inference(monkeypatch):
         return launch(*args, save_for_backward=save_for_backward, **kwargs)
 
     monkeypatch.setattr(attention_fwd, "attention_fwd", record)
-    q, k, v = draw(requires_grad=True)
+    q, k, v = draw(device, requires_grad=True)
     shaped_attention(q, k, v, impl="triton")
     shaped_attention(q.detach(), k.detach(), v.detach(), impl="triton")
     with torch.no_grad():
@@ -237,25 +256,27 @@ def test_nothing_is_saved_for_inference(monkeypatch):
     assert saved == [True, False, False]
 
 
-def test_only_asked_gradients_are_returned():
-    q, k, v = draw()
-    softmax_gain = gain()
+def test_only_asked_gradients_are_returned(device):
+    q, k, v = draw(device)
+    softmax_gain = gain(device)
     out = shaped_attention(q, k, v, softmax_gain=softmax_gain, impl="triton")
     out.sum().backward()
     assert softmax_gain.grad.shape == (2,) and q.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_gradients_of_gains_have_their_dtype(dtype):
-    q, k, v = draw()
-    gains = {name: gain().detach().to(dtype).requires_grad_() for name in ("softmax_gain", "scale")}
+def test_gradients_of_gains_have_their_dtype(dtype, device):
+    q, k, v = draw(device)
+    gains = {
+        name: gain(device).detach().to(dtype).requires_grad_() for name in ("softmax_gain", "scale")
+    }
     shaped_attention(q, k, v, **gains, impl="triton").sum().backward()
     assert all(g.grad.dtype == dtype and g.grad.abs().sum() > 0 for g in gains.values())
 
 
-def test_flops():
+def test_flops(device):
     # 4 B H T S D forward and 2.5 times that backward; half of it if causal.
-    q, k, v = draw(requires_grad=True)
+    q, k, v = draw(device, requires_grad=True)
     full = 4 * 1 * 2 * 20 * 20 * 16
     for is_causal, part in ((False, 1), (True, 2)):
         with FlopCounterMode(display=False) as counter:
@@ -277,18 +298,18 @@ def test_flops():
         ({"key_start": torch.zeros(2, dtype=torch.int32)}, "key_start"),
     ],
 )
-def test_direct_calls_are_checked(change, message):
-    arguments = dict(zip("qkv", draw(), strict=True))
+def test_direct_calls_are_checked(change, message, device):
+    arguments = dict(zip("qkv", draw(device), strict=True))
     if isinstance(change.get("k"), torch.Tensor):
         change = change | {"v": change["k"]}
-    arguments |= {name: x.to(DEVICE) for name, x in change.items()}
+    arguments |= {name: x.to(device) for name, x in change.items()}
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.shaped_attn.attention(**arguments)
 
 
-def test_meta_tensors_have_the_real_shapes():
-    real = OP(*draw(torch.bfloat16))
-    meta = OP(*(x.to("meta") for x in draw(torch.bfloat16)))
+def test_meta_tensors_have_the_real_shapes(device):
+    real = OP(*draw(device, torch.bfloat16))
+    meta = OP(*(x.to("meta") for x in draw(device, torch.bfloat16)))
     for x, y in zip(real, meta, strict=True):
         assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
 
@@ -339,8 +360,8 @@ def test_a_cpu_without_the_interpreter_runs_the_composite():
     assert done.stdout.strip() == "composite agrees", done.stderr
 
 
-def test_triton_agrees_with_torch():
-    q, k, v = draw()
+def test_triton_agrees_with_torch(device):
+    q, k, v = draw(device)
     options = {"is_causal": True, "scale": 0.3}
     fused = shaped_attention(q, k, v, **options, impl="triton")
     composite = shaped_attention(q, k, v, **options, impl="torch")
