@@ -17,7 +17,8 @@ from .bwd_dkdv import attention_bwd_dkdv_kernel
 from .bwd_dprior import attention_bwd_dprior_kernel
 from .bwd_dq import attention_bwd_dq_kernel
 from .bwd_preprocess import attention_bwd_preprocess_kernel
-from .configs import pick_config
+from .columns import pad_columns, trim_columns
+from .configs import block_width, pick_config
 from .priors import UNIFORM, Prior
 from .value_sums import value_block_sums
 
@@ -69,6 +70,12 @@ def attention_bwd(
     d_out (B, H, T, Dv) and d_lse (B, H, T) are the gradients of out and lse; `saved` is the result
     of `attention_fwd` with the same arguments and save_for_backward=True (its `out` is not used).
     """
+    if q.shape[0] == 0 or q.shape[2] == 0 or k.shape[2] == 0:
+        needs = (needs_residual, needs_gains, needs_scale, needs_prior)
+        return _empty_gradients(d_out, q, k, v, residual, gains, *needs)
+
+    head_dim, value_dim = q.shape[3], v.shape[3]
+    d_out, q, k, v, residual = (pad_columns(x) for x in (d_out, q, k, v, residual))
     B, H, T, D = q.shape
     HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
     device = q.device
@@ -78,10 +85,6 @@ def attention_bwd(
     d_residual = None
     if needs_residual:
         d_residual = torch.empty((B, H, T, DV), dtype=d_out.dtype, device=device)
-    if B == 0 or T == 0 or S == 0:
-        return _empty_gradients(
-            d_out, dq, dk, dv, residual, d_residual, gains, needs_gains, needs_scale, needs_prior
-        )
 
     arch = launch.architecture(q)
     centered = is_centered(gains[2])
@@ -116,8 +119,8 @@ def attention_bwd(
     head_dims = {
         "D": D,
         "DV": DV,
-        "BLOCK_D": triton.next_power_of_2(D),
-        "BLOCK_DV": triton.next_power_of_2(DV),
+        "BLOCK_D": block_width(D),
+        "BLOCK_DV": block_width(DV),
     }
     flags = {
         "GAIN_IS_TENSOR": gain_is_tensor,
@@ -241,6 +244,8 @@ def attention_bwd(
     d_scale = None if scale_dots is None else scale_dots.sum((0, 2))
     # The table is in log2.
     d_prior = None if d_table is None else math.log(2) * d_table.sum((1, 3)).T
+    dq, dk = (trim_columns(x, head_dim) for x in (dq, dk))
+    dv, d_residual = (trim_columns(x, value_dim) for x in (dv, d_residual))
     return AttentionGradients(dq, dk, dv, d_residual, d_gains, d_scale, d_prior)
 
 
@@ -252,16 +257,17 @@ def _gain_gradients(dots: torch.Tensor, gains: tuple[float | torch.Tensor, ...])
 
 
 def _empty_gradients(
-    d_out, dq, dk, dv, residual, d_residual, gains, needs_gains, needs_scale, needs_prior
+    d_out, q, k, v, residual, gains, needs_residual, needs_gains, needs_scale, needs_prior
 ) -> AttentionGradients:
     """Gradients when there is no query, no key or no batch entry: only the residual has a part."""
     H = d_out.shape[1]
-    skip = _per_head(gains[3])
-    if isinstance(skip, torch.Tensor) and skip.ndim == 1:
-        skip = skip[:, None, None]
-    if d_residual is not None:
-        d_residual.copy_(skip * d_out)
-    d_gains = d_scale = None
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    d_residual = d_gains = d_scale = None
+    if needs_residual:
+        skip = _per_head(gains[3])
+        if isinstance(skip, torch.Tensor) and skip.ndim == 1:
+            skip = skip[:, None, None]
+        d_residual = (skip * d_out).to(d_out.dtype)
     if needs_gains:
         d_gains = torch.zeros((5, H), dtype=torch.float32, device=d_out.device)
         if residual is not None:
@@ -271,6 +277,4 @@ def _empty_gradients(
     d_prior = None
     if needs_prior:
         d_prior = torch.zeros((H, 5), dtype=torch.float32, device=d_out.device)
-    return AttentionGradients(
-        dq.zero_(), dk.zero_(), dv.zero_(), d_residual, d_gains, d_scale, d_prior
-    )
+    return AttentionGradients(dq, dk, dv, d_residual, d_gains, d_scale, d_prior)

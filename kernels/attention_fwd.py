@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .configs import pick_config
+from .columns import pad_columns, trim_columns
+from .configs import block_width, pick_config
 from .primitives import (
     LN_2,
     LOG2_E,
@@ -289,10 +290,10 @@ class ForwardResult(NamedTuple):
     """What one forward launch returns.
 
     out (B, H, T, Dv) and lse (B, H, T) are the results. The others are for the backward, empty
-    unless saved: excess (B, H, T, Dv) is the centred softmax part Z, or the softmax part itself
-    when nothing is centred; center (B, H, T, Dv) float32 is the centre, kept only where a mask or
-    a prior weighs the keys; row_stats (3, B, H, T) float32 holds m of (3), one over the normaliser,
-    and the sum of weights (n, or D of a prior).
+    unless saved, their Dv is the `padded_width`: excess (B, H, T, Dv) is the centred softmax part
+    Z, or the softmax part itself when nothing is centred; center (B, H, T, Dv) float32 is the
+    centre, kept only where a mask or a prior weighs the keys; row_stats (3, B, H, T) float32 holds
+    m of (3), one over the normaliser, and the sum of weights (n, or D of a prior).
     """
 
     out: torch.Tensor
@@ -329,6 +330,8 @@ def attention_fwd(
     shape () or (H,). attn_mask: bool, expanded to (B, H, T, S). The rest as in
     `shaped_attn.shaped_attention`; arguments are taken as already checked.
     """
+    value_dim = v.shape[3]
+    q, k, v, residual = (pad_columns(x) for x in (q, k, v, residual))
     B, H, T, D = q.shape
     HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
     device = q.device
@@ -346,9 +349,9 @@ def attention_fwd(
     row_stats = torch.empty(
         (3, B, H, T) if save_for_backward else (0,), dtype=torch.float32, device=device
     )
-    result = ForwardResult(out, lse, excess, center, row_stats)
     if out.numel() == 0:
-        return result
+        out = trim_columns(out, value_dim)
+        return ForwardResult(out, lse, excess, center, row_stats)
 
     arch = launch.architecture(q)
     config = pick_config("forward", D, DV, q.element_size(), arch, weighed_by=weighed_by)
@@ -386,8 +389,8 @@ def attention_fwd(
             launch.diagonal(is_causal, q_offset, T, S),
             D=D,
             DV=DV,
-            BLOCK_D=triton.next_power_of_2(D),
-            BLOCK_DV=triton.next_power_of_2(DV),
+            BLOCK_D=block_width(D),
+            BLOCK_DV=block_width(DV),
             BLOCK_T=config.block_t,
             BLOCK_S=config.block_s,
             SUM_BLOCK=config.sum_block,
@@ -401,4 +404,4 @@ def attention_fwd(
             DOT_PRECISION=launch.dot_precision(q.dtype, arch, D, DV),
             **launch.launch_options(config),
         )
-    return result
+    return ForwardResult(trim_columns(out, value_dim), lse, excess, center, row_stats)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-SUPPORTED_HEAD_DIMS = range(16, 257, 8)
-"""Head dimensions (D of q and k, Dv of v) that the Triton kernels take."""
+MAX_HEAD_DIM = 256
+"""Largest head dimension (D of q and k, Dv of v) that the Triton kernels take."""
 
 KERNELS = ("forward", "preprocess", "dkdv", "dq", "dprior")
 """Kernels with a configuration: one forward, four backward."""
@@ -33,10 +33,17 @@ class TileConfig:
     sum_block: int = 64
 
 
-def padded_head_dim(head_dim: int, value_dim: int) -> int:
-    """Smallest power of two that holds both head dimensions: the key of the tables."""
-    largest = max(head_dim, value_dim)
-    return 1 << (largest - 1).bit_length()
+def padded_width(width: int) -> int:
+    """Columns that a matrix of `width` columns has in memory: a multiple of 8.
+
+    Rows of 16-bit elements then start at multiples of 16 bytes, what one load takes at most.
+    """
+    return -(-width // 8) * 8
+
+
+def block_width(width: int) -> int:
+    """Columns of a tile: a power of two that holds `width`, at least the 16 of a product."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
@@ -181,7 +188,7 @@ def pick_config(
     if arch == "interpreter":
         return _INTERPRETER
     table = _TABLES[_table_of(arch), itemsize]
-    width = max(64, padded_head_dim(head_dim, value_dim))
+    width = max(64, block_width(max(head_dim, value_dim)))
     suffixes = {None: ("",), "mask": (" weighed", ""), "prior": (" prior", " weighed", "")}
     for suffix in suffixes[weighed_by]:
         tiles = table.get(kernel + suffix, {})

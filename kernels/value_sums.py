@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .configs import TileConfig
+from .configs import TileConfig, block_width
 from .primitives import cast, dot, head_base, load_tile, visible_keys
 
 _BLOCKS_AT_ONCE = tl.constexpr(16)
@@ -53,7 +53,7 @@ def value_block_sums(v: torch.Tensor, config: TileConfig) -> torch.Tensor:
         HKV,
         S,
         DV=DV,
-        BLOCK_DV=triton.next_power_of_2(DV),
+        BLOCK_DV=block_width(DV),
         SUM_BLOCK=config.sum_block,
         WIDE=launch.needs_wide_index(config, v),
         **launch.launch_options(config),

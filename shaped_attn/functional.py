@@ -60,8 +60,8 @@ def shaped_attention(
             may be 0, then the output is empty.
         k: (B, Hkv, S, D) keys, dtype of q. Hkv divides H; query head h reads key-value head
             h // (H // Hkv). S may be 0, then no query sees a key.
-        v: (B, Hkv, S, Dv) values, dtype of q. Triton takes D and Dv from 16 to 256 in steps of 8,
-            the other implementations any size.
+        v: (B, Hkv, S, Dv) values, dtype of q. Triton takes D and Dv from 1 to 256, and copies
+            what has no multiple of 8; the other implementations take any size.
         residual: (B, H, T, Dv), dtype of q or a wider one. Default None: no such term.
         identity_gain: weight of v at the query's own position, which need not be visible but must
             be a key, 0 <= p(i) < S, unless the gain is the number 0. Default 1.0.

@@ -56,8 +56,10 @@ def _saved_shapes(q: Tensor, v: Tensor, is_weighed: bool, is_centered: bool, sav
     """Shapes of excess, center and row_stats, which only the kernels keep."""
     if not (saves and _uses_kernels(q)):
         return (0,), (0,), (0,)
+    from .kernels.configs import padded_width
+
     rows = tuple(q.shape[:3])
-    value_rows = (*rows, v.shape[3])
+    value_rows = (*rows, padded_width(v.shape[3]))
     return value_rows, value_rows if is_weighed and is_centered else (0,), (3, *rows)
 
 

@@ -374,7 +374,7 @@ def resolve_impl(impl: str, q: Tensor, v: Tensor, residual: Tensor | None) -> st
 
 
 def _check_triton(q: Tensor, v: Tensor, residual: Tensor | None) -> None:
-    from .kernels.configs import SUPPORTED_HEAD_DIMS
+    from .kernels.configs import MAX_HEAD_DIM
 
     for name, x in (("q", q), ("residual", residual)):
         if x is not None and x.dtype == torch.float64:
@@ -385,18 +385,15 @@ def _check_triton(q: Tensor, v: Tensor, residual: Tensor | None) -> None:
                 x.dtype,
                 f"Convert it with {name}.float(), or pass impl='torch'.",
             )
-    dims = SUPPORTED_HEAD_DIMS
     for name, x, size in (("q", q, "D"), ("v", v, "Dv")):
-        # Not `in dims`, which a size that is symbolic under torch.compile does not support.
-        width = x.shape[3]
-        if width < dims.start or width >= dims.stop or width % dims.step != 0:
+        if x.shape[3] > MAX_HEAD_DIM:
             fail(
                 ValueError,
                 name,
-                f"must have a head dimension {size} from {dims.start} to {dims.stop - 1} in steps "
-                f"of {dims.step} for impl='triton', the default on a GPU",
+                f"must have a head dimension {size} of at most {MAX_HEAD_DIM} for impl='triton', "
+                "the default on a GPU",
                 f"{size} = {x.shape[3]}",
-                "Pad it with zeros to such a size (and keep scale), or pass impl='torch'.",
+                "Use more heads, or pass impl='torch'.",
             )
     if q.device.type != "cuda" and not is_interpreted():
         fail(

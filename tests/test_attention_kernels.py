@@ -21,7 +21,6 @@ from shaped_attn.testing import (
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GAIN_NAMES = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
 OUT_FACTOR, GRADIENT_FACTOR = 2, 2
@@ -50,6 +49,10 @@ CASES = {
     "row_without_keys": Case(1, 2, queries=34, keys=40, head_dim=16, mask="rows"),
     "wide_keys": Case(1, 1, queries=33, head_dim=80, value_dim=16, is_causal=True),
     "wide_values": Case(1, 1, queries=33, head_dim=16, value_dim=136, is_causal=True),
+    "odd_head_dims": Case(2, 2, 1, 33, 40, 17, 5, is_causal=True, residual_dtype=torch.float32),
+    "odd_head_dims_and_mask": Case(1, 2, 1, 33, 40, 31, 33, mask="random", residual_dtype=...),
+    "smallest_head_dims": Case(1, 2, queries=33, head_dim=1, value_dim=1, is_causal=True),
+    "narrow_head_dims": Case(1, 2, queries=33, head_dim=8, value_dim=12, padding="both"),
     "largest_head_dim": Case(1, 1, queries=33, head_dim=256, value_dim=256, is_causal=True),
 }
 
@@ -59,7 +62,7 @@ def of_dtype(case: Case, dtype: torch.dtype) -> Case:
     return dataclasses.replace(case, dtype=dtype, residual_dtype=residual_dtype)
 
 
-def draw_gains(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
+def draw_gains(device, case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
     """Learnable gains per head, two of them shared; identity only where it is legal."""
     generator = torch.Generator().manual_seed(seed)
     typical = (0.9, 1.1, 0.8, 0.7, 0.6, 1 / case.head_dim**0.5)
@@ -73,7 +76,7 @@ def draw_gains(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
         del gains["identity_gain"]
     if case.residual_dtype is None:
         del gains["skip_gain"]
-    return {name: gain.to(DEVICE) for name, gain in gains.items()}
+    return {name: gain.to(device) for name, gain in gains.items()}
 
 
 def triton_attention(*args, **kwargs):
@@ -84,16 +87,16 @@ def reference_attention(*args, **kwargs):
     return shaped_attention(*args, **kwargs, impl="reference")
 
 
-def compare(case: Case, gains: dict, fixed: dict, **draw) -> None:
+def compare(device, case: Case, gains: dict, fixed: dict, **draw) -> None:
     """Check out, lse and every gradient of the kernels against the float64 reference."""
     inputs = make_inputs(case, scale=1 / case.head_dim**0.5, **draw)
-    tensors = {name: None if x is None else x.to(DEVICE) for name, x in inputs._asdict().items()}
-    options = make_options(case, device=DEVICE) | fixed | {"return_lse": True}
+    tensors = {name: None if x is None else x.to(device) for name, x in inputs._asdict().items()}
+    options = make_options(case, device=device) | fixed | {"return_lse": True}
     if not case.has_own_keys:
         options["identity_gain"] = 0.0
     rows = (case.batch, case.heads, case.queries)
-    d_out = torch.randn(*rows, case.value_dim).to(case.dtype).to(DEVICE)
-    d_lse = torch.randn(rows).to(DEVICE)
+    d_out = torch.randn(*rows, case.value_dim).to(case.dtype).to(device)
+    d_lse = torch.randn(rows).to(device)
 
     def run(function, convert):
         arguments = {name: None if x is None else convert(x) for name, x in tensors.items()}
@@ -137,9 +140,9 @@ def sum_rounding(case: Case, golden: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_attention_and_gradients(name, dtype):
+def test_attention_and_gradients(name, dtype, device):
     case = of_dtype(CASES[name], dtype)
-    compare(case, draw_gains(case), {})
+    compare(device, case, draw_gains(device, case), {})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,17 +159,17 @@ def test_attention_and_gradients(name, dtype):
     ],
     ids=lambda fixed: "-".join(f"{k.removesuffix('_gain')}{v}" for k, v in fixed.items()),
 )
-def test_fixed_gains(fixed, dtype):
-    compare(Case(1, 2, 1, queries=40, head_dim=16, is_causal=True, dtype=dtype), {}, fixed)
+def test_fixed_gains(fixed, dtype, device):
+    compare(device, Case(1, 2, 1, queries=40, head_dim=16, is_causal=True, dtype=dtype), {}, fixed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale_of_zero_still_has_a_gradient(dtype):
+def test_scale_of_zero_still_has_a_gradient(dtype, device):
     # The heads of a group share one accumulator for dk, in units of the largest scale.
     case = Case(1, 2, 1, queries=40, head_dim=16, is_causal=True, dtype=dtype)
     for scale in ([0.0, 0.3], [0.0, 0.0]):
-        gains = {"scale": torch.tensor(scale, device=DEVICE)}
-        compare(case, gains, {"branch_gain": 0.7})
+        gains = {"scale": torch.tensor(scale, device=device)}
+        compare(device, case, gains, {"branch_gain": 0.7})
 
 
 @pytest.mark.parametrize(
@@ -179,18 +182,18 @@ def test_scale_of_zero_still_has_a_gradient(dtype):
     ids=lambda tiles: f"{tiles.block_t}x{tiles.block_s}",
 )
 @pytest.mark.parametrize("name", ["grouped_heads_and_cache", "both_paddings", "random_mask"])
-def test_every_shape_of_tile(name, tiles):
+def test_every_shape_of_tile(name, tiles, device):
     case = of_dtype(CASES[name], torch.float32)
     with override_config(tiles):
-        compare(case, draw_gains(case), {})
+        compare(device, case, draw_gains(device, case), {})
 
 
 @pytest.mark.parametrize("batch, queries, keys", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)])
-def test_zero_sizes(batch, queries, keys):
+def test_zero_sizes(batch, queries, keys, device):
     case = Case(batch, 2, queries=queries, keys=keys, head_dim=16, residual_dtype=torch.float32)
-    gains = draw_gains(case)
+    gains = draw_gains(device, case)
     gains.pop("identity_gain", None)
-    compare(case, gains, {"identity_gain": 0.0})
+    compare(device, case, gains, {"identity_gain": 0.0})
 
 
 # The centred term itself: identity 0, softmax and centre 1, so out is that term and nothing else.
@@ -207,11 +210,11 @@ REGIMES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("logit_std", [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_centered_term_is_accurate_to_its_own_rounding(regime, logit_std, dtype):
+def test_centered_term_is_accurate_to_its_own_rounding(regime, logit_std, dtype, device):
     is_causal = logit_std in (0.01, 0.3, 10.0)
     case = Case(1, 1, queries=512, head_dim=64, dtype=dtype, is_causal=is_causal)
     inputs = make_inputs(case, logit_std=logit_std, **REGIMES[regime])
-    q, k, v = (x.to(DEVICE) for x in inputs[:3])
+    q, k, v = (x.to(device) for x in inputs[:3])
     options = {"is_causal": is_causal, **CENTERED}
     with override_config(LARGE_TILES):
         out = shaped_attention(q, k, v, **options, impl="triton")
@@ -222,19 +225,19 @@ def test_centered_term_is_accurate_to_its_own_rounding(regime, logit_std, dtype)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("logit_std", [0.01, 0.3, 3.0])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_gradients_of_the_centered_term(regime, logit_std, dtype):
+def test_gradients_of_the_centered_term(regime, logit_std, dtype, device):
     case = Case(1, 1, queries=160, head_dim=32, dtype=dtype, is_causal=True)
     scale = 1 / case.head_dim**0.5
     with override_config(LARGE_TILES):
-        compare(case, {}, {**CENTERED, "scale": scale}, logit_std=logit_std, **REGIMES[regime])
+        compare(device, case, {}, {**CENTERED, "scale": scale}, logit_std=logit_std, **REGIMES[regime])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_zero_queries_return_v(is_causal, dtype):
+def test_zero_queries_return_v(is_causal, dtype, device):
     case = Case(1, 2, 1, queries=77, head_dim=16, dtype=dtype, is_causal=is_causal)
     inputs = make_inputs(case, value_mean=3.0)
-    q, k, v = (x.to(DEVICE) for x in inputs[:3])
+    q, k, v = (x.to(device) for x in inputs[:3])
     out = shaped_attention(0 * q, k, v, is_causal=is_causal, impl="triton")
     assert torch.equal(out, v.expand_as(out))
 
@@ -250,11 +253,11 @@ def test_zero_queries_return_v(is_causal, dtype):
     ],
     ids=["full", "causal", "grouped_heads", "mask"],
 )
-def test_plain_gains_are_scaled_dot_product_attention(case, dtype):
+def test_plain_gains_are_scaled_dot_product_attention(case, dtype, device):
     case = dataclasses.replace(case, dtype=dtype)
     scale = 1 / case.head_dim**0.5
-    q, k, v = (x.to(DEVICE) for x in make_inputs(case, scale=scale)[:3])
-    mask = make_options(case, device=DEVICE).get("attn_mask")
+    q, k, v = (x.to(device) for x in make_inputs(case, scale=scale)[:3])
+    mask = make_options(case, device=device).get("attn_mask")
     plain = {"identity_gain": 0.0, "center_gain": 0.0, "scale": scale}
     visible = {"is_causal": case.is_causal, "attn_mask": mask}
 
@@ -271,31 +274,31 @@ def test_plain_gains_are_scaled_dot_product_attention(case, dtype):
         assert_within_budget(value, golden[name], eager[name], factor=2, name=name)
 
 
-def run_all(tensors: dict, gains: dict, **options) -> dict[str, torch.Tensor]:
+def run_all(tensors: dict, gains: dict, **options, device) -> dict[str, torch.Tensor]:
     """Forward and backward of the kernels on one drawn output gradient."""
     B, H, T, _ = tensors["q"].shape
     generator = torch.Generator().manual_seed(7)
-    d_out = torch.randn(B, H, T, tensors["v"].shape[3], generator=generator).to(DEVICE)
+    d_out = torch.randn(B, H, T, tensors["v"].shape[3], generator=generator).to(device)
     return forward_backward(triton_attention, {**tensors, **gains}, d_out, **options)
 
 
-def small_call(**changes) -> tuple[dict, dict]:
+def small_call(device, **changes) -> tuple[dict, dict]:
     case = Case(**{"batch": 2, "heads": 2, "kv_heads": 1, "queries": 50, "head_dim": 16} | changes)
     inputs = make_inputs(case, value_mean=1.0)
-    tensors = {n: x.to(DEVICE) for n, x in inputs._asdict().items() if x is not None}
-    return tensors, draw_gains(case)
+    tensors = {n: x.to(device) for n, x in inputs._asdict().items() if x is not None}
+    return tensors, draw_gains(device, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equal_calls_give_equal_bits(dtype):
-    tensors, gains = small_call(dtype=dtype, residual_dtype=dtype)
+def test_equal_calls_give_equal_bits(dtype, device):
+    tensors, gains = small_call(device, dtype=dtype, residual_dtype=dtype)
     first = run_all(tensors, gains, is_causal=True)
     second = run_all(tensors, gains, is_causal=True)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_future_rows_leave_the_past_bit_for_bit():
-    tensors, gains = small_call(dtype=torch.bfloat16)
+def test_future_rows_leave_the_past_bit_for_bit(device):
+    tensors, gains = small_call(device, dtype=torch.bfloat16)
     changed = {name: x.clone() for name, x in tensors.items()}
     for name in ("k", "v"):
         changed[name][:, :, 33:] = 5.0
@@ -305,9 +308,9 @@ def test_future_rows_leave_the_past_bit_for_bit():
     assert not torch.equal(before[:, :, 33:], after[:, :, 33:])
 
 
-def test_one_vector_added_to_all_values_leaves_the_centered_term():
-    tensors, _ = small_call()
-    shift = torch.randn(16, device=DEVICE)
+def test_one_vector_added_to_all_values_leaves_the_centered_term(device):
+    tensors, _ = small_call(device)
+    shift = torch.randn(16, device=device)
     options = {"is_causal": True, **CENTERED, "scale": 0.1, "impl": "triton"}
     before = shaped_attention(**tensors, **options)
     after = shaped_attention(**(tensors | {"v": tensors["v"] + shift}), **options)
@@ -317,20 +320,20 @@ def test_one_vector_added_to_all_values_leaves_the_centered_term():
 
 
 @pytest.mark.parametrize("layout", ["fused_qkv", "sequence_first", "reversed_width"])
-def test_any_strides_give_equal_bits(layout):
+def test_any_strides_give_equal_bits(layout, device):
     B, H, T, D = 2, 2, 40, 16
     if layout == "fused_qkv":
-        packed = torch.randn(B, T, 3, H, D, device=DEVICE)
+        packed = torch.randn(B, T, 3, H, D, device=device)
         q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
     elif layout == "sequence_first":
-        q, k, v = (torch.randn(T, B, H, D, device=DEVICE).permute(1, 2, 0, 3) for _ in range(3))
+        q, k, v = (torch.randn(T, B, H, D, device=device).permute(1, 2, 0, 3) for _ in range(3))
     else:
-        q, k, v = (torch.randn(B, H, D, T, device=DEVICE).transpose(2, 3) for _ in range(3))
+        q, k, v = (torch.randn(B, H, D, T, device=device).transpose(2, 3) for _ in range(3))
     assert not q.is_contiguous()
-    residual = torch.randn(B, T, H, D, device=DEVICE).transpose(1, 2)
+    residual = torch.randn(B, T, H, D, device=device).transpose(1, 2)
     views = {"q": q, "k": k, "v": v, "residual": residual}
     dense = {name: x.contiguous() for name, x in views.items()}
-    d_out = torch.randn(B, T, H, D, device=DEVICE).transpose(1, 2)
+    d_out = torch.randn(B, T, H, D, device=device).transpose(1, 2)
     found = []
     for tensors in (views, dense):
         leaves = [x.detach().requires_grad_() for x in tensors.values()]
@@ -339,17 +342,17 @@ def test_any_strides_give_equal_bits(layout):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_strides_past_32_bits():
+def test_strides_past_32_bits(device):
     """Rows 2**31 elements apart: an int32 offset wraps around silently."""
     # Only the touched pages of this memory exist.
     rows, stride, D = 3, 2**30 + 8, 16
     needed = (rows - 1) * stride + D
-    wide = torch.UntypedStorage(needed * 2, device=DEVICE)
-    far = torch.empty(0, dtype=torch.float16, device=DEVICE)
+    wide = torch.UntypedStorage(needed * 2, device=device)
+    far = torch.empty(0, dtype=torch.float16, device=device)
     far = far.set_(wide, 0, (1, 1, rows, D), (0, 0, stride, 1))
-    near = torch.randn(1, 1, rows, D, device=DEVICE).half()
+    near = torch.randn(1, 1, rows, D, device=device).half()
     far.copy_(near)
-    q = torch.randn(1, 1, rows, D, device=DEVICE).half()
+    q = torch.randn(1, 1, rows, D, device=device).half()
     expected = shaped_attention(q, near, near, is_causal=True, impl="triton")
     assert torch.equal(shaped_attention(q, far, far, is_causal=True, impl="triton"), expected)
     assert torch.equal(
@@ -367,9 +370,9 @@ def test_wide_index_is_chosen_by_stride():
     assert launch.needs_wide_index(tiles, dense, far)
 
 
-def test_a_mask_is_read_through_its_strides():
-    tensors, gains = small_call()
-    mask = torch.rand(2, 1, 1, 50, device=DEVICE) < 0.6
+def test_a_mask_is_read_through_its_strides(device):
+    tensors, gains = small_call(device)
+    mask = torch.rand(2, 1, 1, 50, device=device) < 0.6
     dense = mask.expand(2, 2, 50, 50).contiguous()
     broadcast = run_all(tensors, gains, attn_mask=mask)
     expanded = run_all(tensors, gains, attn_mask=dense)
@@ -378,11 +381,11 @@ def test_a_mask_is_read_through_its_strides():
     assert seen.stride() == (50, 0, 0, 1) and seen.data_ptr() == mask.data_ptr()
 
 
-def test_two_key_sets_merge_by_lse():
-    tensors, _ = small_call()
+def test_two_key_sets_merge_by_lse(device):
+    tensors, _ = small_call(device)
     plain = {"identity_gain": 0.0, "center_gain": 0.0, "scale": 0.3, "return_lse": True}
     whole, whole_lse = shaped_attention(**tensors, **plain, impl="triton")
-    split = torch.full((2,), 20, device=DEVICE)
+    split = torch.full((2,), 20, device=device)
     halves = [
         shaped_attention(**tensors, **plain, **part, impl="triton")
         for part in ({"key_end": split}, {"key_start": split})

@@ -30,7 +30,7 @@ KEY_PROJECTIONS = ("gaussian", "gpt2")
 VALUE_PROJECTIONS = ("gaussian", "orthogonal", "gpt2", "none", "identity")
 OUT_PROJECTIONS = ("none", "gaussian", "orthogonal", "gpt2")
 
-# The kernels take at most 256 columns of values at once, in steps of 8.
+# The kernels take at most 256 columns of values at once.
 MATRIX_COLUMNS = 64
 
 
@@ -262,8 +262,7 @@ class ShapedAttention(Initialized, nn.Module):
         """
         q, k, operator = self._operator(x, rotary, key_start, key_end, attn_mask)
         batch, length, _ = x.shape
-        columns = math.ceil(max(length, 1) / MATRIX_COLUMNS) * MATRIX_COLUMNS
-        identity = torch.eye(length, columns, dtype=q.dtype, device=q.device)
+        identity = torch.eye(length, max(length, 1), dtype=q.dtype, device=q.device)
         parts = [
             shaped_attention(q, k, values.expand(batch, self.kv_heads, -1, -1), **operator)
             for values in identity.split(MATRIX_COLUMNS, dim=-1)
