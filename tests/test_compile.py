@@ -21,8 +21,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, LENGTH = 4, 20
 
 # What the package calls while torch.compile traces it: the top module of a function, or of the type
-# of a method, and its name. torch 2.11 and 2.13 trace all of them. Before you add one, run this file
-# with torch 2.11, which cannot trace, for instance, a loop over vars, or is_autocast_available.
+# of a method, and its name. torch 2.11 and 2.13 trace all of them. Before you add one, run this
+# file with torch 2.11. It cannot trace, for instance, a loop over vars, or is_autocast_available.
 # "_wrapped_call_impl" is the call of a module, "wrapped" an operator with a number on its left.
 TRACED = {
     f"{module}.{name}"
