@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 
 from shaped_attn import cli
 from shaped_attn.train import command, metrics, trainer
+from shaped_attn.train import study as study_module
 from shaped_attn.train.settings import TrainSettings
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +146,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
 
     again = invoke(*flags(), "--output", tmp_path / "run")
     assert again.exit_code == 0
+    assert f"{tmp_path / 'run'}: resuming from step 5\n" in again.stderr
+    assert "resuming" not in whole.stderr + result.stderr
     assert again.stdout.replace("run", "whole") == whole.stdout
     runs = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
     losses = [[(line["kind"], line["step"], line["loss"]) for line in run] for run in runs]
@@ -177,6 +181,28 @@ def test_a_process_that_gets_sigint_saves_and_ends(tmp_path):
     assert "Traceback" not in stderr
 
 
+def test_without_a_terminal_every_validation_is_a_line(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, 5)
+        first = invoke(*flags(), "--output", tmp_path / "run")
+    second = invoke(*flags(), "--output", tmp_path / "run")
+    found = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    expected = {
+        line["step"]: f"step {line['step']} of 6: validation {line['loss']:.4f}"
+        for line in found
+        if line["kind"] == "validation"
+    }
+    # Nothing else, such as what remains of a bar.
+    assert first.stderr.splitlines()[:-1] == [expected[0], expected[3]]
+    assert second.stderr.splitlines() == [
+        f"{tmp_path / 'run'}: resuming from step 5",
+        expected[6],
+    ]
+    result = invoke(*flags(seed=1), "--output", tmp_path / "other", "--json")
+    assert json.loads(result.stdout)["validation"]
+    assert "step 6 of 6: validation" in result.stderr
+
+
 def test_a_damaged_checkpoint_is_a_warning(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         press_ctrl_c(patch, 5)
@@ -186,6 +212,55 @@ def test_a_damaged_checkpoint_is_a_warning(tmp_path, monkeypatch):
     assert result.exit_code == 0
     assert "Warning: checkpoint" in result.stderr
     assert "step-00000005 is damaged (optimizer.bin has changed)" in words(result.stderr)
+    assert "resuming from step 3" in result.stderr
+
+
+def test_a_run_without_a_whole_checkpoint_fails(tmp_path):
+    invoke(*flags(), "--output", tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    folder = tmp_path / "run" / "checkpoints"
+    for path in folder.iterdir():
+        (path / "optimizer.bin").write_bytes(b"")
+    for _ in range(2):
+        result = invoke(*flags(), "--output", tmp_path / "run")
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert f"Error: {folder} has no checkpoint that is whole" in result.stderr
+        assert "damaged-step-00000003, damaged-step-00000006" in re.sub(
+            r" \([^)]*\)", "", result.stderr
+        )
+        assert "name another output" in words(result.stderr)
+
+
+@pytest.mark.parametrize("study", [False, True])
+def test_an_output_that_cannot_be_written_is_found_before_any_work(study, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("there was work before")
+
+    for name in (trainer, study_module):
+        monkeypatch.setattr(name, "load_corpus", refuse)
+    (tmp_path / "file").write_text("x")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    folders = [tmp_path / "file" / "run"]
+    if not os.access(closed, os.W_OK):
+        folders += [closed, closed / "run" / "below"]
+    if Path("/proc/self").exists():  # there root cannot write either
+        folders += [Path("/proc/run"), Path("/proc")]
+    for output in folders:
+        result = invoke(*(study_flags() if study else flags()), "--output", output)
+        assert result.exit_code == 1, result.output
+        text = words(result.stderr)
+        assert f"output must be a folder that can be written, got {output}, but" in text
+        assert "Name another folder." in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file"]
+
+
+def test_an_output_that_is_a_file_is_wrong_usage(tmp_path):
+    (tmp_path / "file").write_text("x")
+    result = invoke(*flags(), "--output", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "Invalid value for '--output'" in result.stderr
 
 
 def test_a_run_that_diverges_fails_and_says_why(tmp_path):
@@ -231,13 +306,20 @@ def test_the_folder_of_another_run_is_refused(tmp_path):
     assert "a run of another configuration (seed: 0, now 3)" in words(result.stderr)
 
 
-@pytest.mark.parametrize("package", ["accelerate", "tensorboard"])
-def test_without_the_extra_it_says_what_to_install(package, tmp_path, monkeypatch):
+@pytest.mark.parametrize("study", [False, True])
+@pytest.mark.parametrize("package", ["accelerate", "tensorboard", "datasets"])
+def test_without_the_extra_it_says_what_to_install(package, study, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    result = invoke(*flags(), "--output", tmp_path / "run")
+    options = ("--data", "hf:owner/name") if package == "datasets" else ()
+    if package != "datasets":
+        for module in (trainer, study_module):  # nothing is read before
+            monkeypatch.setattr(module, "load_corpus", None)
+    chosen = study_flags() if study else flags()
+    result = invoke(*chosen, *options, "--output", tmp_path / "run")
     assert result.exit_code == 1
-    assert f"training needs the package {package}" in words(result.stderr)
-    assert 'pip install "shaped-attn[train]"' in words(result.stderr)
+    text = words(result.stderr)
+    assert f'training needs the package {package}, of the extra "train", which is not' in text
+    assert 'pip install "shaped-attn[train]"' in text
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,17 @@ TINY = {
 }
 
 
+def flags(**changes):
+    values = {name: value for name, value in (TINY | changes).items() if value is not None}
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
 def train(output, processes, accumulation=1):
     """Run the command in processes of its own."""
-    flags = [part for name, value in TINY.items() for part in (f"--{name}", str(value))]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     process = subprocess.run(
         [
-            *(sys.executable, *launch, "-m", "shaped_attn", "train", *flags),
+            *(sys.executable, *launch, "-m", "shaped_attn", "train", *flags()),
             *("--accumulation", str(accumulation), "--output", str(output), "--device", "cpu"),
         ],
         cwd=ROOT,
@@ -58,3 +63,64 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     for name in ("loss", "gradient_norm"):
         found, expected = ([line[name] for line in lines if name in line] for lines in (two, one))
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+def run_together(arguments, processes):
+    """Return exit codes and stderr of processes that nobody watches.
+
+    torchrun would end one that waits for one that has failed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "shaped_attn", "train", *arguments, "--device", "cpu"],
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(started, errors, strict=True)]
+
+
+@pytest.mark.slow
+def test_all_processes_end_where_the_main_one_finds_no_whole_checkpoint(tmp_path):
+    train(tmp_path / "run", 2)
+    (tmp_path / "run" / "result.json").unlink()
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("step-00000004", "step-00000008"):
+        (folder / name / "optimizer.bin").write_bytes(b"")
+    for code, stderr in run_together([*flags(), "--output", str(tmp_path / "run")], 2):
+        assert code == 1, stderr
+        assert "has no checkpoint that is whole" in " ".join(stderr.split())
+        assert "Traceback" not in stderr
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["damaged-step-00000004", "damaged-step-00000008"]
+
+
+@pytest.mark.slow
+def test_a_study_of_two_processes_is_recorded_by_one(tmp_path):
+    output = tmp_path / "study"
+    study = ("--study", "depth", "--depths", "1,2", "--methods", "e_spa", "--no-normalization")
+    options = (*flags(depth=None, steps=2), *study, "--no-skip", "--output", str(output))
+    for code, stderr in run_together(options, 2):
+        assert code == 0, stderr
+    found = json.loads((output / "study.json").read_text())
+    assert found["is_complete"]
+    assert len(found["runs"]) == 2
+    assert not list(output.glob("runs/*/checkpoints"))

@@ -356,57 +356,6 @@ def test_a_stop_request_before_the_first_step_leaves_a_run_that_can_start(tmp_pa
     assert_same_run(tmp_path / "run", whole)
 
 
-def shorten(checkpoint):
-    path = checkpoint / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(checkpoint):
-    path = checkpoint / "optimizer.bin"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "model.safetensors has changed": shorten,
-    "optimizer.bin has changed": flip,
-    "random_states_0.pkl is missing": lambda folder: (folder / "random_states_0.pkl").unlink(),
-    "checkpoint.json is missing": lambda folder: (folder / "checkpoint.json").unlink(),
-    "checkpoint.json or a file": lambda folder: (folder / "checkpoint.json").write_text("{"),
-}
-
-
-@pytest.mark.parametrize("problem", DAMAGES)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(problem, tmp_path, whole):
-    asked = iter([False] * 9 + [True])
-    train(settings(), tmp_path / "run", stop=lambda: next(asked))
-    folder = tmp_path / "run" / "checkpoints"
-    assert [path.name for path in sorted(folder.iterdir())] == ["step-00000008", "step-00000009"]
-    DAMAGES[problem](folder / "step-00000009")
-    warnings, steps = [], []
-    train(
-        settings(),
-        tmp_path / "run",
-        warn=warnings.append,
-        on_progress=lambda progress: steps.append(progress.step),
-    )
-    assert len(warnings) == 1
-    assert f"step-00000009 is damaged ({problem}" in warnings[0]
-    assert steps == list(range(9, 13))
-    assert_same_run(tmp_path / "run", whole)
-
-
-def test_without_any_good_checkpoint_the_run_starts_again(tmp_path, whole):
-    asked = iter([False] * 5 + [True])
-    train(settings(), tmp_path / "run", stop=lambda: next(asked))
-    for folder in (tmp_path / "run" / "checkpoints").iterdir():
-        shorten(folder)
-    with pytest.warns(UserWarning, match="is damaged"):
-        train(settings(), tmp_path / "run")
-    assert_same_run(tmp_path / "run", whole)
-
-
 @pytest.mark.parametrize("keep", [1, 3])
 def test_the_last_checkpoints_are_kept(keep, tmp_path):
     train(settings(keep_checkpoints=keep), tmp_path / "run")

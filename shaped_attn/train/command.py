@@ -138,8 +138,9 @@ def train(
     """Train a byte-level decoder on real text, or compare methods over depth (--study depth).
 
     Ctrl-C saves and ends, with exit code 130. The same command then goes on where it ended, as it
-    does after the process was killed: from the last checkpoint, to the same losses. A loss that is
-    not finite ends the run, with exit code 1.
+    does after the process was killed: from the last checkpoint, to the same losses. A checkpoint
+    that is damaged is set aside; if none is whole, nothing is trained. A loss that is not finite
+    ends the run, with exit code 1.
 
     Needs the packages of the extra: pip install "shaped-attn[train]". Several GPUs: accelerate
     launch -m shaped_attn train.
@@ -191,12 +192,19 @@ def _make_settings(config: Path | None, flags: dict[str, Any]) -> TrainSettings:
 def _run(settings: TrainSettings, output: Path, device: str, work: dict[str, Any]) -> TrainResult:
     from .trainer import train
 
-    show = work.pop("show")
+    show, say = work.pop("show"), work.pop("say")
 
     def on_progress(progress: Progress) -> None:
-        show(_describe(progress), progress.step, progress.steps)
+        show("", progress, progress.step, progress.steps)
 
-    return train(settings, output, device=device, on_progress=on_progress, **work)
+    return train(
+        settings,
+        output,
+        device=device,
+        on_progress=on_progress,
+        on_resume=lambda step: say(f"{output}: resuming from step {step}"),
+        **work,
+    )
 
 
 def _run_study(
@@ -210,14 +218,22 @@ def _run_study(
     from .study import PLOT, run_study
     from .study_report import plot
 
-    show = work.pop("show")
+    show, say = work.pop("show"), work.pop("say")
 
     def on_progress(name: str, ended: int, runs: int, progress: Progress) -> None:
-        text = f"run {ended + 1} of {runs}, {name}: {_describe(progress)}"
-        show(text, ended * progress.steps + progress.step, runs * progress.steps)
+        done, total = ended * progress.steps + progress.step, runs * progress.steps
+        show(f"run {ended + 1} of {runs}, {name}: ", progress, done, total)
 
     chosen = {name: value for name, value in options.items() if value is not None}
-    study = run_study(settings, output, device=device, on_progress=on_progress, **work, **chosen)
+    study = run_study(
+        settings,
+        output,
+        device=device,
+        on_progress=on_progress,
+        on_resume=lambda name, step: say(f"{name}: resuming from step {step}"),
+        **work,
+        **chosen,
+    )
     if study.runs and _is_main_process():
         save(plot(study), output / PLOT)
     return study
@@ -230,26 +246,28 @@ def _describe(progress: Progress) -> str:
 
 @contextlib.contextmanager
 def _long_work() -> Iterator[dict[str, Any]]:
-    """Show progress on stderr, take Ctrl-C for a request, and show errors as such."""
+    """Show progress on stderr, take Ctrl-C for a request, and show errors as such.
+
+    A terminal has a bar with the last losses. Elsewhere every validation is a line.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Progress as ProgressBar
 
-    from ..cli import usage_errors
     from ..interrupt import stop_on_interrupt
 
     console = Console(stderr=True, quiet=not _is_main_process())
     with (
-        _missing_packages(),
-        usage_errors(),
+        _errors(),
+        _process_group(),
         stop_on_interrupt() as request,
-        Progress(
+        ProgressBar(
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
@@ -257,23 +275,54 @@ def _long_work() -> Iterator[dict[str, Any]]:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-        ) as progress,
+            disable=not console.is_terminal,
+        ) as bar,
     ):
-        task = progress.add_task("reading text", total=None)
+        task = bar.add_task("reading text", total=None)
+        shown = None
+
+        def say(text: str) -> None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        def show(prefix: str, progress: Progress, done: int, total: int) -> None:
+            nonlocal shown
+            bar.update(task, description=prefix + _describe(progress), completed=done, total=total)
+            validation = prefix, progress.validation_step
+            if not console.is_terminal and progress.validation is not None and validation != shown:
+                shown = validation
+                say(
+                    f"{prefix}step {progress.validation_step} of {progress.steps}: "
+                    f"validation {progress.validation:.4f}"
+                )
+
         yield {
-            "show": lambda text, done, total: progress.update(
-                task, description=text, completed=done, total=total
-            ),
+            "show": show,
+            "say": say,
             "stop": lambda: request.is_set,
-            "warn": lambda text: console.print(f"Warning: {text}", markup=False, soft_wrap=True),
+            "warn": lambda text: say(f"Warning: {text}"),
         }
 
 
 @contextlib.contextmanager
-def _missing_packages() -> Iterator[None]:
+def _process_group() -> Iterator[None]:
+    """Leave the group of processes at the end: its threads may otherwise abort the interpreter."""
     try:
         yield
-    except ModuleNotFoundError as error:
+    finally:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Show without a traceback what is wrong with the settings, or with the machine."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    except (ModuleNotFoundError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 

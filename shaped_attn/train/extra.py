@@ -18,7 +18,7 @@ def require(name: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != name:
             raise  # the package is there, and lacks something itself
         raise ModuleNotFoundError(
-            f"training needs the package {name}, which is not installed. "
+            f'training needs the package {name}, of the extra "train", which is not installed. '
             'Install it with: pip install "shaped-attn[train]"',
             name=name,
         ) from None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,21 @@ from .._version import __version__
 from ..nn import METHODS
 from ..nn.checks import check_choice
 from ..validation import fail
+from . import checkpoints
 from .data import load_corpus
+from .extra import require
 from .folder import RunFolder, write_text
+from .processes import on_main_process
 from .settings import TrainSettings
-from .trainer import FINISHED, INTERRUPTED, Progress, TrainResult, train, unigram_loss
+from .trainer import (
+    FINISHED,
+    INTERRUPTED,
+    Progress,
+    TrainResult,
+    check_ready,
+    train,
+    unigram_loss,
+)
 
 DEPTHS = (12, 36, 72)
 RESULTS, PLOT, RUNS = "study.json", "study.png", "runs"
@@ -156,13 +167,14 @@ def run_study(
     device: str = "auto",
     stop: Callable[[], bool] | None = None,
     on_progress: Callable[[str, int, int, Progress], None] | None = None,
+    on_resume: Callable[[str, int], None] | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Study:
     """Train every variant at every depth for the same steps on the same batches.
 
     Runs that have ended are not repeated, one that was interrupted is resumed. Each has its folder
-    below ``output / "runs"``, whose checkpoints are removed when it has ended. The results are
-    written to ``output / "study.json"`` after each.
+    below ``output / "runs"``, whose checkpoints are removed when it has ended, but for those set
+    aside as damaged. The results are written to ``output / "study.json"`` after each.
 
     Args:
         settings: what the runs share; method, depth and learning rate are replaced.
@@ -173,6 +185,7 @@ def run_study(
         device, stop, warn: as in `shaped_attn.train.trainer.train`.
         on_progress: called after every step with the run's name, the number of runs that have
             ended, the number of all, and the progress of the run.
+        on_resume: called with the run's name and the step that it goes on from.
 
     Raises:
         As `train` and `variants`.
@@ -185,6 +198,7 @@ def run_study(
         for variant in variants(settings, methods)
         for rate in learning_rates
     ]
+    check_ready(output)
     corpus = load_corpus(settings.data, settings.data_bytes, settings.text_column)
     study = Study(settings, corpus.summary(), (), len(plan), unigram_loss(settings, corpus))
     output.mkdir(parents=True, exist_ok=True)
@@ -195,6 +209,10 @@ def run_study(
             if on_progress is not None:
                 on_progress(name, ended, len(plan), progress)
 
+        def tell(step: int, name: str = name) -> None:
+            if on_resume is not None:
+                on_resume(name, step)
+
         result = train(
             run_settings,
             output / RUNS / name,
@@ -202,17 +220,23 @@ def run_study(
             corpus=corpus,
             stop=stop,
             on_progress=show,
+            on_resume=tell,
             warn=warn,
         )
         if result.status == INTERRUPTED:
             break
-        folder = RunFolder(output / RUNS / name)
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        folder.weights.unlink(missing_ok=True)
         run = StudyRun(variant, run_settings.depth, run_settings.learning_rate, result)
         study = replace(study, runs=(*study.runs, run))
-        write_text(output / RESULTS, json.dumps(study.to_dict(), indent=1) + "\n")
+
+        state = require("accelerate").PartialState()
+        on_main_process(state, partial(_record, study, output, RunFolder(output / RUNS / name)))
     return study
+
+
+def _record(study: Study, output: Path, ended: RunFolder) -> None:
+    checkpoints.remove_all(ended.checkpoints)
+    ended.weights.unlink(missing_ok=True)
+    write_text(output / RESULTS, json.dumps(study.to_dict(), indent=1) + "\n")
 
 
 def _settings_of(

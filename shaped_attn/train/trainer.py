@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..destination import check_folder
 from ..nn import ShapedTransformer, parameter_groups
 from ..validation import fail
 from . import checkpoints, metrics
@@ -21,6 +22,7 @@ from .corpus import Corpus, fixed_windows, sample_batch, step_generator, unigram
 from .data import load_corpus
 from .extra import require
 from .folder import RunFolder, write_text
+from .processes import on_main_process
 from .schedule import learning_rate_factor
 from .settings import TrainSettings
 
@@ -41,12 +43,14 @@ class Progress:
         step, steps: how many are done, of how many.
         loss: of the last step that was recorded, None before the first.
         validation: loss of the last validation, None before the first of this call.
+        validation_step: after how many steps that was, None like it.
     """
 
     step: int
     steps: int
     loss: float | None
     validation: float | None
+    validation_step: int | None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def train(
     corpus: Corpus | None = None,
     stop: Callable[[], bool] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_resume: Callable[[int], None] | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> TrainResult:
     """Train a model, or resume its training, in the folder ``output``.
@@ -123,16 +128,19 @@ def train(
         corpus: the text. Default None: that of the settings.
         stop: asked between steps; if it returns True a checkpoint is written and the run ends.
         on_progress: called after every step.
+        on_resume: called with the step of the checkpoint that the run goes on from; 0 if it was
+            begun before, and ended before its first checkpoint.
         warn: called with the text of a warning about a damaged checkpoint.
 
     Raises:
         ModuleNotFoundError: accelerate or tensorboard is not installed.
         ValueError: the folder is that of another run, the text is too short, or the batch does not
             divide evenly among accumulation and processes.
-        OSError: the text cannot be read, or the folder cannot be written.
+        OSError: the text cannot be read, the folder cannot be written, or a checkpoint cannot be
+            read or none of them is whole.
     """
     begin = time.perf_counter()
-    require("tensorboard")
+    check_ready(output)
     accelerator = _make_accelerator(settings, Path(output), device)
     corpus = corpus or load_corpus(settings.data, settings.data_bytes, settings.text_column)
     folder = RunFolder(output)
@@ -141,11 +149,16 @@ def train(
     accelerator.wait_for_everyone()
     if folder.result.exists():
         return TrainResult.from_dict(json.loads(folder.result.read_text(encoding="utf-8")))
-    if accelerator.is_main_process and not folder.run.exists():
-        folder.begin(settings, data, accelerator.num_processes)
+    is_resumed = folder.run.exists()
     accelerator.wait_for_everyone()
+    if not is_resumed:
+        on_main_process(
+            accelerator, lambda: folder.begin(settings, data, accelerator.num_processes)
+        )
 
     run = _Run(settings, folder, corpus, accelerator, warn)
+    if is_resumed and on_resume is not None:
+        on_resume(run.step)
     try:
         status, reason = run.steps(stop, on_progress)
     finally:
@@ -164,12 +177,27 @@ def train(
         device=str(accelerator.device),
         seconds=time.perf_counter() - begin,
     )
-    if accelerator.is_main_process and status != INTERRUPTED:
+
+    def end() -> None:
         if status == FINISHED:
             run.export()
         write_text(folder.result, json.dumps(result.to_dict(), indent=1) + "\n")
-    accelerator.wait_for_everyone()
+
+    if status != INTERRUPTED:
+        on_main_process(accelerator, end)
     return result
+
+
+def check_ready(output: Path) -> None:
+    """Find out before any work that a package is missing, or that a folder cannot be written.
+
+    Raises:
+        ModuleNotFoundError: accelerate or tensorboard is not installed.
+        OSError: the folder cannot be made or written.
+    """
+    for name in ("accelerate", "tensorboard"):
+        require(name)
+    check_folder(output)
 
 
 def _make_accelerator(settings: TrainSettings, output: Path, device: str) -> Accelerator:
@@ -252,6 +280,7 @@ class _Run:
         try:
             loss = None
             validation = self._validate() if self.step == 0 else None
+            validated = None if validation is None else self.step
             while self.step < settings.steps:
                 # Only there the weights are known to be finite, which a checkpoint's must be.
                 if self._is_due(settings.log_every, self.step) and self._must_stop(stop):
@@ -259,11 +288,11 @@ class _Run:
                     return INTERRUPTED, None
                 loss = self._take_step(loss)
                 if self._is_due(settings.evaluate_every, self.step):
-                    validation = self._validate()
+                    validation, validated = self._validate(), self.step
                 if self._is_due(settings.checkpoint_every, self.step):
                     self._save()
                 if on_progress is not None:
-                    on_progress(Progress(self.step, settings.steps, loss, validation))
+                    on_progress(Progress(self.step, settings.steps, loss, validation, validated))
         except _DivergedError as error:
             return DIVERGED, str(error)
         return FINISHED, None

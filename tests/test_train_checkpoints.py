@@ -1,0 +1,299 @@
+"""What a run finds in its folder decides whether and where it goes on; nothing in it is lost."""
+
+import argparse
+import errno
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from shaped_attn.train import checkpoints, metrics, trainer
+from shaped_attn.train.settings import TrainSettings
+
+TINY = {
+    "depth": 1,
+    "width": 16,
+    "heads": 2,
+    "context": 16,
+    "data": argparse.__file__,
+    "data_bytes": 50_000,
+    "steps": 12,
+    "batch_size": 4,
+    "evaluate_every": 6,
+    "evaluation_windows": 6,
+    "checkpoint_every": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+def train(output, stop_after=None, changes=(), **options):
+    """Train in a folder; ask for the end after a number of steps of this call."""
+    asked = iter([False] * (stop_after or 0) + [True])
+    stop = None if stop_after is None else lambda: next(asked)
+    chosen = TrainSettings(**{**TINY, **dict(changes)})
+    return trainer.train(chosen, output, device="cpu", stop=stop, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that was never interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(output)
+    torch.set_num_threads(threads)
+    return output
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """The folder of the checkpoints 8 and 9 of a run that was stopped."""
+    train(tmp_path / "run", stop_after=9)
+    folder = tmp_path / "run" / "checkpoints"
+    assert names(folder) == ["step-00000008", "step-00000009"]
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder):
+    """All files below a folder, with what they hold."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def assert_same_run(output, expected):
+    runs = [metrics.read(path / "metrics.jsonl") for path in (output, expected)]
+    losses = [[(line["kind"], line["step"], line["loss"]) for line in run] for run in runs]
+    assert losses[0] == losses[1]
+    for name, weight in load_file(expected / "model.safetensors").items():
+        assert torch.equal(load_file(output / "model.safetensors")[name], weight), name
+
+
+# ------------------------------------------------------------------------------------------ damage
+
+
+def shorten(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(checkpoint):
+    path = checkpoint / "optimizer.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_a_folder(checkpoint):
+    (checkpoint / "optimizer.bin").unlink()
+    (checkpoint / "optimizer.bin").mkdir()
+
+
+DAMAGES = {
+    "model.safetensors has changed": shorten,
+    "optimizer.bin has changed": flip,
+    "optimizer.bin is not a file": replace_by_a_folder,
+    "random_states_0.pkl is missing": lambda folder: (folder / "random_states_0.pkl").unlink(),
+    "checkpoint.json is missing": lambda folder: (folder / "checkpoint.json").unlink(),
+    "checkpoint.json is not one of ours": lambda folder: (folder / "checkpoint.json").write_text(
+        "{"
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(problem, stopped, whole):
+    DAMAGES[problem](stopped / "step-00000009")
+    damaged = contents(stopped / "step-00000009")
+    warnings, steps, resumed = [], [], []
+    train(
+        stopped.parent,
+        warn=warnings.append,
+        on_resume=resumed.append,
+        on_progress=lambda progress: steps.append(progress.step),
+    )
+    (text,) = warnings
+    assert f"step-00000009 is damaged ({problem}" in text
+    assert "set aside as damaged-step-00000009, and step-00000008 serves" in text
+    assert resumed == [8]
+    assert steps == list(range(9, 13))
+    assert_same_run(stopped.parent, whole)
+    assert names(stopped) == ["damaged-step-00000009", "step-00000008", "step-00000012"]
+    assert contents(stopped / "damaged-step-00000009") == damaged
+
+
+def test_what_was_set_aside_before_is_not_overwritten(stopped, whole):
+    shorten(stopped / "step-00000009")
+    first = contents(stopped / "step-00000009")
+    with pytest.warns(UserWarning, match="step-00000008 serves"):
+        train(stopped.parent, stop_after=1)
+    assert names(stopped) == ["damaged-step-00000009", "step-00000008", "step-00000009"]
+    flip(stopped / "step-00000009")
+    second = contents(stopped / "step-00000009")
+    with pytest.warns(UserWarning, match="damaged-step-00000009-2"):
+        train(stopped.parent)
+    assert contents(stopped / "damaged-step-00000009") == first
+    assert contents(stopped / "damaged-step-00000009-2") == second
+    assert_same_run(stopped.parent, whole)
+
+
+def test_without_a_whole_checkpoint_the_run_stops_and_keeps_all(stopped, whole, tmp_path):
+    shutil.copytree(stopped / "step-00000009", tmp_path / "copy")
+    shorten(stopped / "step-00000009")
+    (stopped / "step-00000008" / "optimizer.bin").unlink()
+    damaged = contents(stopped / "step-00000009")
+    others = {name: x for name, x in contents(stopped.parent).items() if "checkpoints" not in name}
+    for _ in range(2):  # the second time nothing is there but what was set aside
+        with pytest.raises(OSError, match="has no checkpoint that is whole") as error:
+            train(stopped.parent)
+        for part in (
+            str(stopped),
+            "damaged-step-00000008",
+            "damaged-step-00000009",
+            "Put back a whole copy",
+            "another output",
+        ):
+            assert part in str(error.value)
+        assert names(stopped) == ["damaged-step-00000008", "damaged-step-00000009"]
+        assert contents(stopped / "damaged-step-00000009") == damaged
+        left = contents(stopped.parent)
+        assert {name: left[name] for name in others} == others
+    shutil.copytree(tmp_path / "copy", stopped / "step-00000009")
+    assert train(stopped.parent).status == "finished"
+    assert_same_run(stopped.parent, whole)
+
+
+def test_the_problem_of_each_is_told(stopped):
+    shorten(stopped / "step-00000009")
+    flip(stopped / "step-00000008")
+    with pytest.raises(OSError) as error:
+        train(stopped.parent)
+    assert "damaged-step-00000008 (optimizer.bin has changed)" in str(error.value)
+    assert "damaged-step-00000009 (model.safetensors has changed)" in str(error.value)
+
+
+# ------------------------------------------------------------------------------- what is no damage
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_a_file_that_cannot_be_read_stops_the_run_and_changes_nothing(code, stopped, monkeypatch):
+    shorten(stopped / "step-00000009")  # known to be damaged before the other is tried
+    before = contents(stopped.parent)
+    digest = checkpoints._digest
+
+    def unreadable(path):
+        if path.parent.name == "step-00000008":
+            raise OSError(code, "out of order", str(path))
+        return digest(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_digest", unreadable)
+        with pytest.raises(OSError, match=r"cannot be read.*out of order.*nothing was changed"):
+            train(stopped.parent)
+    assert contents(stopped.parent) == before
+    with pytest.warns(UserWarning, match="step-00000008 serves"):
+        train(stopped.parent, stop_after=0)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(stopped, monkeypatch):
+    before, listing = contents(stopped.parent), Path.iterdir
+
+    def refuse(path):
+        if path == stopped:
+            raise PermissionError(errno.EACCES, "out of order", str(path))
+        return listing(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        with pytest.raises(OSError, match=r"checkpoints has a checkpoint that cannot be read"):
+            train(stopped.parent)
+    assert contents(stopped.parent) == before
+
+
+def test_a_run_that_begins_is_not_resumed(tmp_path):
+    resumed = []
+    train(tmp_path / "run", stop_after=5, on_resume=resumed.append)
+    assert resumed == []
+    train(tmp_path / "run", on_resume=resumed.append)
+    assert resumed == [5]
+    train(tmp_path / "run", on_resume=resumed.append)  # it has ended
+    assert resumed == [5]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_goes_on_from_0(tmp_path, whole):
+    resumed = []
+    train(tmp_path / "run", stop_after=0)
+    train(tmp_path / "run", on_resume=resumed.append)
+    assert resumed == [0]
+    assert_same_run(tmp_path / "run", whole)
+
+
+# ------------------------------------------------------------------------------- what is removed
+
+
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(tmp_path, monkeypatch):
+    save = checkpoints.save
+
+    def save_and_damage(accelerator, folder, step, keep):
+        save(accelerator, folder, step, keep)
+        if step == 8:
+            shorten(folder / "step-00000008")
+
+    monkeypatch.setattr(checkpoints, "save", save_and_damage)
+    train(tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    assert names(folder) == ["step-00000004", "step-00000008", "step-00000012"]
+    assert checkpoints.find_damage(folder / "step-00000004") is None
+
+
+def test_what_killed_runs_have_left_is_removed_and_nothing_else(stopped):
+    for name in (".step-00000003.part", "damaged-step-00000002", "step-notes", "step-00000001.bak"):
+        (stopped / name).mkdir()
+        (stopped / name / "file").write_text("x")
+    train(stopped.parent)
+    assert names(stopped) == [
+        *("damaged-step-00000002", "step-00000001.bak", "step-00000009", "step-00000012"),
+        "step-notes",
+    ]
+
+
+def test_a_checkpoint_of_another_run_is_not_replaced(stopped):
+    def intrude(progress):
+        if progress.step == 10:  # as a second run in this folder would
+            (stopped / "step-00000012").mkdir()
+            (stopped / "step-00000012" / "file").write_text("x")
+
+    with pytest.raises(FileExistsError, match=r"step-00000012 exists.*one run at a time"):
+        train(stopped.parent, on_progress=intrude)
+    assert names(stopped) == ["step-00000008", "step-00000009", "step-00000012"]
+    assert (stopped / "step-00000012" / "file").read_text() == "x"
+
+
+def test_of_a_run_that_has_ended_only_what_was_set_aside_stays(stopped):
+    (stopped / "damaged-step-00000003").mkdir()
+    (stopped / ".step-00000003.part").mkdir()
+    checkpoints.remove_all(stopped)
+    assert names(stopped) == ["damaged-step-00000003"]
+    (stopped / "damaged-step-00000003").rmdir()
+    checkpoints.remove_all(stopped)
+    assert not stopped.exists()
+    checkpoints.remove_all(stopped)
