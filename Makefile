@@ -1,5 +1,6 @@
 # `demo` and `test` each make a fresh virtual environment of their own; nothing else is needed.
-# The other targets use the one that `test` left, and make it if it is not there.
+# `gpu` uses PYTHON as it is, which must have torch, Triton, pytest, pytest-xdist and hypothesis.
+# The other targets use the environment that `test` left, and make it if it is not there.
 #
 #   PYTHON=python3.12       the interpreter that makes the environments
 #   TORCH_INDEX_URL=...     where torch comes from, for example https://download.pytorch.org/whl/cpu
@@ -25,7 +26,7 @@ $(1)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt $(2)
 touch $(1)/ready
 endef
 
-.PHONY: help demo test lint check compile-table wheel clean
+.PHONY: help demo test test-all gpu lint check compile-table wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -35,9 +36,15 @@ demo:  ## install into a fresh environment, run `shaped-attn demo`
 	$(call fresh_venv,$(DEMO_VENV),.)
 	$(DEMO_VENV)/bin/shaped-attn demo
 
-test:  ## install into a fresh environment, run the tests
+test:  ## install into a fresh environment, run the tests that are not slow
 	$(call fresh_venv,$(TEST_VENV),-e ".[test]")
+	$(TEST_VENV)/bin/pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-all: | $(TEST_VENV)/ready  ## run every test
 	$(TEST_VENV)/bin/pytest $(PYTEST_FLAGS)
+
+gpu:  ## run the tests of the operator on this machine's GPU, write a report as JSON
+	$(PYTHON) tests/run_on_gpu.py
 
 $(TEST_VENV)/ready:
 	$(call fresh_venv,$(TEST_VENV),-e ".[test]")

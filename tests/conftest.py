@@ -31,6 +31,8 @@ if _workers > 1:
 
 
 def pytest_runtest_setup(item):
+    if not HAS_GPU and item.get_closest_marker("gpu"):
+        pytest.skip("needs a GPU for its size or number of calls")
     for name, reason in SKIPPED_ON_A_GPU.items():
         if HAS_GPU and item.get_closest_marker(name):
             pytest.skip(reason)

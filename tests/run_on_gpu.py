@@ -1,0 +1,218 @@
+"""Run the tests of the operator on this machine's GPU and write a report as JSON; see `make gpu`.
+
+Nothing is installed or downloaded: the checkout is imported as it stands. Tests about a CPU or
+about Triton's interpreter skip themselves, those marked `gpu` (real sizes, a thousand repeats) run
+here alone. Each result is recorded as it comes, so that neither a crash nor a hang, which ends at
+the limit, loses the others.
+
+    python tests/run_on_gpu.py [--output FILE] [--limit SECONDS] [--processes N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIRED = ("torch", "triton", "numpy", "pytest", "xdist", "hypothesis")
+TEST_FILES = (
+    "test_attention_kernels.py",
+    "test_dominant_keys.py",
+    "test_kernel_priors.py",
+    "test_priors.py",
+    "test_ops.py",
+    "test_compile.py",
+    "test_functional.py",
+    "test_composite.py",
+    "test_reference.py",
+    "test_fidelity.py",
+    "test_testing.py",
+    "test_nn_attention.py",
+    "test_nn_methods.py",
+    "test_nn_mlp.py",
+    "test_nn_transformer.py",
+)
+
+
+class Recorder:
+    """Plugin of pytest: writes one line of JSON for what was collected and for each result."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.has_collection = False
+
+    def _write(self, **fields: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")
+
+    def pytest_collection_finish(self, session) -> None:
+        self._collected([item.nodeid for item in session.items])
+
+    def pytest_xdist_node_collection_finished(self, node, ids) -> None:
+        self._collected(list(ids))
+
+    def _collected(self, names: list[str]) -> None:
+        # Every worker of xdist has the same names, and the process above them none.
+        if names and not self.has_collection:
+            self.has_collection = True
+            self._write(collected=names)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self._write(
+                test=report.nodeid,
+                outcome=report.outcome,
+                seconds=round(report.duration, 2),
+                message="" if report.outcome == "passed" else report.longreprtext[-2000:],
+            )
+
+
+def summarize(lines: list[str]) -> dict[str, Any]:
+    """Report from the lines of a `Recorder`; a test without a result is one that did not finish."""
+    collected, results = [], {}
+    for line in lines:
+        fields = json.loads(line)
+        if "collected" in fields:
+            collected = fields["collected"]
+        else:
+            results[fields["test"]] = fields  # of a test that fails while it is torn down, the last
+    files = collections.defaultdict(collections.Counter)
+    for name, result in results.items():
+        files[name.split("::")[0]][result["outcome"]] += 1
+        files[name.split("::")[0]]["seconds"] += result["seconds"]
+    outcomes = collections.Counter(result["outcome"] for result in results.values())
+    return {
+        "passed": outcomes["passed"],
+        "failed": outcomes["failed"],
+        "skipped": outcomes["skipped"],
+        "not_finished": [name for name in collected if name not in results],
+        "failures": {
+            name: result["message"]
+            for name, result in results.items()
+            if result["outcome"] == "failed"
+        },
+        "slowest": {
+            result["test"]: result["seconds"]
+            for result in sorted(results.values(), key=lambda result: -result["seconds"])[:20]
+        },
+        "files": {name: dict(counts) for name, counts in sorted(files.items())},
+    }
+
+
+def missing_requirements() -> list[str]:
+    """What this machine lacks, in words."""
+    missing = [
+        f"the Python package {name}" for name in REQUIRED if not importlib.util.find_spec(name)
+    ]
+    if "the Python package torch" not in missing:
+        import torch
+
+        if not torch.cuda.is_available():
+            missing.append(f"a GPU that torch sees (torch {torch.__version__} sees none)")
+    return missing
+
+
+def run_tests(
+    record: Path, files: list[str], limit: float, processes: int
+) -> tuple[int | None, str]:
+    """Run pytest in processes of its own; return its exit status, None at the limit, and output."""
+    command = [sys.executable, __file__, "--record", str(record), "-n", str(processes), *files]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that all of its workers can be ended with it
+    )
+    try:
+        output, _ = child.communicate(timeout=limit)
+        return child.returncode, output
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def main() -> int:
+    """Check that there is a GPU, run, write the report; 0 only if every test ran and passed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="default: bench/results/GPU/correctness.json")
+    parser.add_argument("--limit", type=float, default=280, help="in seconds, default %(default)s")
+    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
+    arguments = parser.parse_args()
+    missing = missing_requirements()
+    if missing:
+        print(
+            "make gpu runs the tests of the operator on a GPU: NVIDIA from sm_80 or AMD gfx942, "
+            "with torch 2.11 and Triton 3.6 or newer.\n"
+            f"This machine lacks {', '.join(missing)}.\n"
+            "Without a GPU, `make test` runs the same tests in Triton's interpreter.",
+            file=sys.stderr,
+        )
+        return 2
+
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from shaped_attn.environment import collect
+
+    folder = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
+    output = arguments.output or ROOT / "bench" / "results" / folder / "correctness.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    files = [str(ROOT / "tests" / name) for name in TEST_FILES]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        record = Path(scratch) / "results.jsonl"
+        record.touch()
+        status, log = run_tests(record, files, arguments.limit, arguments.processes)
+        report = summarize(record.read_text(encoding="utf-8").splitlines())
+    report = {
+        "command": "make gpu",
+        "environment": collect(),
+        "seconds": round(time.monotonic() - start, 1),
+        "limit_in_seconds": arguments.limit,
+        "exit_status": status,
+        **report,
+    }
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    counts = ", ".join(f"{report[name]} {name}" for name in ("passed", "failed", "skipped"))
+    print(
+        f"{counts}, {len(report['not_finished'])} not finished in {report['seconds']} s: {output}"
+    )
+    for name, message in report["failures"].items():
+        print(f"FAILED {name}: {message.strip().splitlines()[-1] if message.strip() else ''}")
+    if status == 0 and not report["not_finished"]:
+        return 0
+    print(log[-2000:], file=sys.stderr)
+    return 1
+
+
+def _record() -> int:
+    """Run pytest here, as the child that `run_tests` starts."""
+    import pytest
+
+    _, _, record, *options = sys.argv
+    options += ["-q", "-p", "no:cacheprovider", "--dist", "worksteal", "-m", "gpu or not slow"]
+    return pytest.main(options, plugins=[Recorder(Path(record))])
+
+
+if __name__ == "__main__":
+    sys.exit(_record() if sys.argv[1:2] == ["--record"] else main())

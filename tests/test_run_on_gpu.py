@@ -1,0 +1,97 @@
+"""The runner behind `make gpu`, on tests that need no GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("run_on_gpu.py")
+
+TESTS = """
+import pytest
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 == 2, "what went wrong"
+
+@pytest.mark.skip(reason="not here")
+def test_skips():
+    pass
+
+@pytest.fixture
+def breaks_at_the_end():
+    yield
+    raise RuntimeError("in teardown")
+
+def test_fails_in_teardown(breaks_at_the_end):
+    pass
+
+@pytest.mark.slow
+def test_is_left_out():
+    pass
+"""
+
+
+@pytest.fixture
+def runner():
+    spec = importlib.util.spec_from_file_location("run_on_gpu", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def record(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.touch()
+    return path
+
+
+def test_without_a_gpu_it_says_what_it_needs(tmp_path):
+    output = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--output", str(output)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    for part in ("sm_80", "gfx942", "lacks a GPU that torch sees", "`make test`"):
+        assert part in done.stderr
+    assert not output.exists()
+
+
+def test_every_file_it_runs_exists(runner):
+    assert [name for name in runner.TEST_FILES if not SCRIPT.with_name(name).is_file()] == []
+
+
+def test_every_outcome_is_in_the_report(runner, record, tmp_path):
+    file = tmp_path / "test_outcomes.py"
+    file.write_text(TESTS)
+    status, output = runner.run_tests(record, [str(file)], limit=300, processes=2)
+    assert status == 1, output
+    report = runner.summarize(record.read_text().splitlines())
+    assert (report["passed"], report["failed"], report["skipped"]) == (1, 2, 1)
+    assert report["not_finished"] == []
+    by_name = {name.split("::")[1]: message for name, message in report["failures"].items()}
+    assert "what went wrong" in by_name["test_fails"]
+    assert "in teardown" in by_name["test_fails_in_teardown"]
+
+
+def test_at_the_limit_the_report_names_what_did_not_finish(runner, record, tmp_path):
+    file = tmp_path / "test_endless.py"
+    file.write_text("import signal\n\ndef test_endless():\n    signal.pause()\n")
+    status, _ = runner.run_tests(record, [str(file)], limit=0, processes=1)
+    assert status is None
+    lines = [
+        json.dumps({"collected": ["a.py::one", "a.py::two"]}),
+        json.dumps({"test": "a.py::one", "outcome": "passed", "seconds": 1.0, "message": ""}),
+    ]
+    report = runner.summarize(lines)
+    assert (report["passed"], report["not_finished"]) == (1, ["a.py::two"])
