@@ -326,7 +326,11 @@ def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | 
             "attn_mask",
             "must have dtype torch.bool, True where a query sees a key",
             attn_mask.dtype,
-            "Convert an additive mask with attn_mask == 0, a 0/1 mask with attn_mask.bool().",
+            "Convert a mask of 0 and 1 with attn_mask.bool(), and one that holds nothing but 0 and "
+            "-inf with attn_mask == 0. An additive bias b is no mask but the log of a prior: pass "
+            "prior=b - b.logsumexp(-1, keepdim=True), with b -inf at the keys that a query does "
+            "not see and broadcastable to (H, T, S). The softmax is then that of the logits plus "
+            "b, and the centre has the weights softmax(b) in place of a mean.",
         )
     batch, heads, queries, _ = q.shape
     target = (batch, heads, queries, k.shape[2])

@@ -1,5 +1,6 @@
 """Every argument error: which exception, and that it names argument, rule, value and remedy."""
 
+import math
 import re
 import subprocess
 import sys
@@ -314,7 +315,9 @@ ERRORS = {
     "mask_float": (
         {"attn_mask": torch.zeros(6, 6)},
         TypeError,
-        "attn_mask ... dtype torch.bool ... got torch.float32 ... attn_mask == 0",
+        "attn_mask ... dtype torch.bool ... got torch.float32 ... mask of 0 and 1 ... "
+        "attn_mask.bool() ... nothing but 0 and -inf ... attn_mask == 0 ... additive bias ... "
+        "prior=b - b.logsumexp(-1, keepdim=True) ... the centre has the weights softmax(b)",
     ),
     "mask_shape": (
         {"attn_mask": torch.ones(2, 6, dtype=torch.bool)},
@@ -404,6 +407,37 @@ def test_error(name):
     assert re.match(pattern, message), message
     # One wording: argument rule, got value. Remedy.
     assert re.fullmatch(r".+, got .+\. [A-Z].+\.", message), message
+
+
+@pytest.mark.parametrize("center_gain", [0.0, 0.7])
+def test_the_advice_on_an_additive_bias_is_right(center_gain):
+    """Against the equation, in float64: a causal bias that is no mask, such as ALiBi's."""
+    q, k, v = torch.randn(3, 2, 4, 6, 16, dtype=torch.float64)
+    distance = torch.arange(6)[:, None] - torch.arange(6)
+    slopes = 0.5 ** torch.arange(4)[:, None, None]
+    b = torch.where(distance >= 0, -slopes * distance, -torch.inf).double()
+    with pytest.raises(TypeError, match=re.escape("prior=b - b.logsumexp(-1, keepdim=True)")):
+        shaped_attention(q, k, v, attn_mask=b)
+    out = shaped_attention(
+        q,
+        k,
+        v,
+        prior=b - b.logsumexp(-1, keepdim=True),
+        is_causal=True,
+        identity_gain=0.0,
+        softmax_gain=1.3,
+        center_gain=center_gain,
+        scale=0.25,
+        impl="torch",
+    )
+    logits = 0.25 * q @ k.mT
+    expected = (1.3 * (logits + b).softmax(-1) - center_gain * b.softmax(-1)) @ v
+    # On either side: an exponent has the roundings of a product of 16, of b and of its sum; a
+    # weight twice its relative error, once for the sum of them; an output those of 6 weights.
+    eps = torch.finfo(torch.float64).eps
+    size = 0.25 * (q.abs() @ k.abs().mT).amax() + b[b.isfinite()].abs().amax() + math.log(6)
+    relative = 2 * (16 + 3) * eps * size + (6 + 2) * eps
+    assert (out - expected).abs().amax() <= 2 * relative * (1.3 + center_gain) * v.abs().amax()
 
 
 def test_nested_tensor():
