@@ -747,6 +747,43 @@ def test_call_errors():
         build(head=None)(tokens, tokens)
 
 
+@pytest.fixture
+def on_cpu():
+    with torch.device("cpu"):
+        yield
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("wrong", [11, -1, 2**40])
+def test_ids_outside_of_the_vocabulary_are_an_error_on_a_cpu(wrong):
+    model = build()
+    tokens = torch.randint(11, (2, 6))
+    outside = tokens.clone()
+    outside[1, 4] = wrong
+    got = rf"got {wrong} at \(1, 4\). Encode the text for this model"
+    with pytest.raises(ValueError, match=f"tokens must be from 0 to 10, {got}"):
+        model(outside)
+    with pytest.raises(ValueError, match=f"labels must be from 0 to 10, or -100, {got}"):
+        model(tokens, outside)
+    outside[1, 4] = -100
+    with pytest.raises(ValueError, match="tokens must be from 0 to 10, got -100"):
+        model(outside)
+    assert model(tokens, outside).loss.isfinite()
+    labels = torch.tensor([[0, 1, 2, 0, 1, 0]] * 2)
+    classifier = build(kind="encoder", head="token_classification", num_labels=2)
+    with pytest.raises(ValueError, match=r"labels must be from 0 to 1, .*got 2 at \(0, 2\)"):
+        classifier(tokens, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_may_be_of_any_integer_dtype(dtype):
+    model = build()
+    tokens = torch.randint(11, (2, 6))
+    expected, found = model(tokens, tokens), model(tokens.to(dtype), tokens.to(dtype))
+    assert torch.equal(found.logits, expected.logits)
+    assert found.loss == expected.loss
+
+
 @pytest.mark.parametrize("gain_scheme", ["fixed", "learn", "recover"])
 def test_causal_model_learns_a_repeated_sequence(gain_scheme):
     model = build(dtype=torch.float32, gain_scheme=gain_scheme, final_norm="rms")

@@ -263,6 +263,22 @@ def test_datasets_that_cannot_be_used(splits, error, message, tmp_path, cache):
         data.load_corpus(str(tmp_path / "saved"), EVERYTHING)
 
 
+@pytest.mark.parametrize(
+    ("part", "error", "message"),
+    [
+        (torch.tensor([5, 300]), TypeError, "from 0 to 255, got torch.int64 from 5 to 300"),
+        (torch.tensor([-1, 5]), TypeError, "from 0 to 255, got torch.int64 from -1 to 5"),
+        (torch.zeros(2, 3, dtype=torch.uint8), ValueError, r"got shape \(2, 3\)"),
+        (b"text", TypeError, "got bytes"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_a_token_outside_the_vocabulary_is_no_text(name, part, error, message):
+    parts = {"train": as_bytes(b"abc"), "validation": as_bytes(b"abc"), name: part}
+    with pytest.raises(error, match=f"{name} must be a .* of uint8.*{message}"):
+        Corpus(**parts, train_files=(), validation_files=(), source="")
+
+
 def test_a_missing_package_is_a_clear_error():
     with pytest.raises(ModuleNotFoundError, match=r'not_there.*pip install "shaped-attn\[train\]"'):
         extra.require("not_there")

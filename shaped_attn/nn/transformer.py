@@ -421,8 +421,10 @@ class ShapedTransformer(Initialized, nn.Module):
 
         Raises:
             TypeError: tokens or labels are not integers.
-            ValueError: shapes do not fit, more tokens than learned positions, or labels without a
-                head.
+            ValueError: shapes do not fit, more tokens than learned positions, labels without a
+                head, or on a CPU an id or a label that the vocabulary, or the classes, do not have.
+                Elsewhere, and under torch.compile, that is an error of torch's own kernels: to
+                look before would wait for the device.
         """
         _check_integers("tokens", tokens)
         check_shape("tokens", tokens, ("B", "T"))
@@ -459,7 +461,13 @@ class ShapedTransformer(Initialized, nn.Module):
         return ShapedTransformerOutput(hidden, logits, loss)
 
     def _embed(self, tokens: Tensor, key_start: Tensor | None) -> Tensor:
-        x = self.embedding(tokens)
+        # Of other integers torch has no embedding.
+        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.int32))
+        try:
+            x = self.embedding(tokens)
+        except IndexError:  # torch has looked at them anyway
+            _check_ids("tokens", tokens, self.config.vocab_size)
+            raise
         if self.position_embedding is None:
             return x
         length, room = tokens.shape[1], self.config.max_length
@@ -484,15 +492,20 @@ class ShapedTransformer(Initialized, nn.Module):
         return self.head(hidden)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        given = labels
         if self.config.head == "causal_lm":
             logits, labels = logits[:, :-1], labels[:, 1:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = F.cross_entropy(
-            logits.flatten(0, 1),
-            labels.flatten().long(),
-            ignore_index=IGNORED_LABEL,
-            reduction="sum",
-        )
+        try:
+            total = F.cross_entropy(
+                logits.flatten(0, 1),
+                labels.flatten().long(),
+                ignore_index=IGNORED_LABEL,
+                reduction="sum",
+            )
+        except IndexError:
+            _check_ids("labels", given, logits.shape[-1], IGNORED_LABEL)
+            raise
         return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
 
     def _check_labels(self, labels: Tensor, tokens: Tensor) -> None:
@@ -521,3 +534,20 @@ def _check_integers(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         fail(TypeError, name, "must be a Tensor of integers", got, "Pass a LongTensor.")
+
+
+def _check_ids(name: str, ids: Tensor, size: int, ignored: int | None = None) -> None:
+    """Check that every id is below ``size``, from 0 on, or ``ignored``."""
+    wrong = (ids < 0) | (ids >= size)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if wrong.any():
+        besides = "" if ignored is None else f", or {ignored}"
+        where = ", ".join(map(str, wrong.nonzero()[0].tolist()))
+        fail(
+            ValueError,
+            name,
+            f"must be from 0 to {size - 1}{besides}",
+            f"{ids[wrong][0]} at ({where})",
+            "Encode the text for this model, or build the model for these ids.",
+        )

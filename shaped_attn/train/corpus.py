@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..validation import fail
+
 BYTE_VALUES = 256
 
 
@@ -21,6 +23,10 @@ class Corpus:
         train_files, validation_files: names of the files that the parts are made of; none if they
             are not made of files.
         source: where the text comes from, in words.
+
+    Raises:
+        TypeError, ValueError: a part is not a (bytes,) Tensor of uint8, which holds nothing but
+            ids of the vocabulary.
     """
 
     train: Tensor
@@ -28,6 +34,21 @@ class Corpus:
     train_files: tuple[str, ...]
     validation_files: tuple[str, ...]
     source: str
+
+    def __post_init__(self) -> None:
+        """Check the two parts: a token outside the vocabulary is found here, not on a device."""
+        for name in ("train", "validation"):
+            part = getattr(self, name)
+            rule = f"must be a (bytes,) Tensor of uint8, of token ids from 0 to {BYTE_VALUES - 1}"
+            if not isinstance(part, Tensor):
+                fail(TypeError, name, rule, type(part).__name__, "Use as_bytes.")
+            if part.dtype != torch.uint8:
+                got = f"{part.dtype}"
+                if part.numel():
+                    got += f" from {part.min()} to {part.max()}"
+                fail(TypeError, name, rule, got, "Encode the text as bytes, with as_bytes.")
+            if part.ndim != 1:
+                fail(ValueError, name, rule, f"shape {tuple(part.shape)}", "Flatten it.")
 
     def summary(self) -> dict:
         """Fingerprint and sizes of the two parts, for the report."""
