@@ -12,17 +12,17 @@ from shaped_attn.priors import prior_matrix
 from shaped_attn.testing import (
     Case,
     assert_within_budget,
+    assert_within_spread,
     eager_attention,
     forward_backward,
-    gain_conditions,
     make_inputs,
     make_options,
     relative_error,
+    rounding_spread,
 )
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGE_TILES = TileConfig(block_t=128, block_s=64, num_warps=4, num_stages=1, sum_block=64)
 
@@ -140,15 +140,15 @@ def uspa(**_):
     return {}, lambda p: USPA(0.2, torch.tensor([0.3, 0.5, 0.9, 0.2]))
 
 
-def dense(*, queries, keys, **_):
+def dense(*, queries, keys, device):
     logs = torch.randn(4, queries, keys, generator=torch.Generator().manual_seed(3))
     logs[:, 1, 2] = -torch.inf
-    return {}, lambda p: logs.to(DEVICE)
+    return {}, lambda p: logs.to(device)
 
 
-def dense_of_keys(*, keys, **_):
+def dense_of_keys(*, keys, device, **_):
     logs = torch.linspace(-2, 0, keys)
-    return {}, lambda p: logs.to(DEVICE)
+    return {}, lambda p: logs.to(device)
 
 
 CASES = {
@@ -179,35 +179,42 @@ def with_prior(function, build, **fixed):
     return call
 
 
-def compare(make, case, impl, center_gain=0.8):
-    parameters, build = make(queries=case.queries, keys=case.keys)
-    inputs = make_inputs(case, scale=0.25, value_mean=1.0)
-    tensors = {name: x.to(DEVICE) for name, x in inputs._asdict().items() if x is not None}
-    gains = {"softmax_gain": torch.tensor([1.1, 0.9, 1.2, 0.7]).to(DEVICE)}
-    gains["center_gain"] = torch.tensor(center_gain, device=DEVICE)
-    parameters = {name: x.to(DEVICE) for name, x in parameters.items()}
-    options = make_options(case, device=DEVICE) | {"scale": 0.25, "return_lse": True}
+def compare(device, make, case, impl, center_gain=0.8):
+    parameters, build = make(queries=case.queries, keys=case.keys, device=device)
+    inputs = make_inputs(case, scale=0.25, value_mean=1.0, device=device)
+    tensors = {name: x for name, x in inputs._asdict().items() if x is not None}
+    wide = torch.promote_types(case.dtype, torch.float32)
+    gains = {"softmax_gain": torch.tensor([1.1, 0.9, 1.2, 0.7], device=device, dtype=wide)}
+    gains["center_gain"] = torch.tensor(center_gain, device=device, dtype=wide)
+    parameters = {name: x.to(device, wide) for name, x in parameters.items()}
+    options = make_options(case, device=device) | {"scale": 0.25, "return_lse": True}
     options["identity_gain"] = 0.5
     rows = (case.batch, case.heads, case.queries)
-    d_out = torch.randn(*rows, case.value_dim).to(case.dtype).to(DEVICE)
-    d_lse = torch.randn(rows).to(DEVICE)
+    d_out = torch.randn(*rows, case.value_dim).to(case.dtype).to(device)
+    d_lse = torch.randn(rows).to(device)
 
     def run(function, convert):
         arguments = {name: convert(x) for name, x in {**tensors, **gains, **parameters}.items()}
         return forward_backward(function, arguments, d_out, d_lse, **options)
 
     actual = run(with_prior(shaped_attention, build, impl=impl), lambda x: x)
-    golden = run(with_prior(shaped_attention, build, impl="reference"), lambda x: x.double())
-    eager = run(with_prior(eager_attention, build), lambda x: x)
-    conditions = gain_conditions(
-        {**tensors, **gains}, d_out, golden, **options, prior=detached(build, parameters)
+    golden, spread = rounding_spread(
+        lambda: run(with_prior(shaped_attention, build, impl="reference"), lambda x: x.double()),
+        case.dtype,
     )
+    eager = run(with_prior(eager_attention, build), lambda x: x)
     eps = torch.finfo(case.dtype).eps
     for name, value in actual.items():
+        if case.dtype == torch.float64 or name.removeprefix("grad ") in gains:
+            # Eager torch in float64 is the reference itself, and one sum is no yardstick.
+            finite = golden[name].isfinite()
+            assert torch.equal(value.isfinite(), finite), name
+            assert_within_spread(
+                value[finite], golden[name][finite], spread[name][finite], name=name
+            )
+            continue
         rounding = None
-        if name in conditions:
-            rounding = 4 * eps * conditions[name]
-        elif name.startswith("grad"):
+        if name.startswith("grad"):
             rounding = eps + 8 * torch.finfo(torch.float32).eps
         elif name == "lse":
             # In the excess form off by up to (eps / 2) sum_j |eps_ij| / l_i, which is below eps.
@@ -221,50 +228,46 @@ def compare(make, case, impl, center_gain=0.8):
         )
 
 
-def detached(build, parameters):
-    return build({name: x.detach() for name, x in parameters.items()})
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_triton_with_a_prior(name, dtype):
+def test_triton_with_a_prior(name, dtype, device):
     make, case = CASES[name]
-    compare(make, replace(case, dtype), "triton")
+    compare(device, make, replace(case, dtype), "triton")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_torch_with_a_prior(name, dtype):
+def test_torch_with_a_prior(name, dtype, device):
     make, case = CASES[name]
-    compare(make, replace(case, dtype), "torch")
+    compare(device, make, replace(case, dtype), "torch")
 
 
 def replace(case, dtype):
     return Case(**{**vars(case), "dtype": dtype})
 
 
-def test_torch_over_many_chunks(monkeypatch):
+def test_torch_over_many_chunks(monkeypatch, device):
     monkeypatch.setattr("shaped_attn.composite.CHUNK_ROWS", 7)
     for name in ("espa_padding", "uspa_cache_padding", "dense_causal_padding", "espa_full"):
         make, case = CASES[name]
-        compare(make, replace(case, torch.float64), "torch")
+        compare(device, make, replace(case, torch.float64), "torch")
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
 class TestAnyImplementation:
     @staticmethod
-    def draw(tokens, *, batch=1, dim=16, dtype=torch.float32):
+    def draw(device, tokens, *, batch=1, dim=16, dtype=torch.float32):
         generator = torch.Generator().manual_seed(0)
         q, k, v = torch.randn(3, batch, 2, tokens, dim, generator=generator)
-        return [x.to(DEVICE, dtype) for x in (q, k, v)]
+        return [x.to(device, dtype) for x in (q, k, v)]
 
     @pytest.mark.parametrize("is_causal", [True, False])
     @pytest.mark.parametrize("prior", [ESPA(0.5, 0.1), USPA(0.1, 0.6)], ids=str)
-    def test_zero_logits_give_the_prior(self, impl, prior, is_causal):
-        q, k, v = self.draw(40)
+    def test_zero_logits_give_the_prior(self, impl, prior, is_causal, device):
+        q, k, v = self.draw(device, 40)
         options = {"identity_gain": 0.0, "center_gain": 0.0, "is_causal": is_causal}
         out = shaped_attention(torch.zeros_like(q), k, v, prior=prior, **options, impl=impl)
-        expected = prior_matrix(prior, 40, is_causal=is_causal).to(DEVICE) @ v.double()
+        expected = prior_matrix(prior, 40, is_causal=is_causal).to(device) @ v.double()
         assert relative_error(out, expected) < 5e-7
         # Softmax minus centre is then nothing, and the identity is left.
         out = shaped_attention(
@@ -273,33 +276,33 @@ class TestAnyImplementation:
         torch.testing.assert_close(out, v, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("prior", [ESPA(0.2, 0.2), USPA(0.3, 0.3)], ids=str)
-    def test_equal_kernels_are_the_identity(self, impl, prior):
-        q, k, v = self.draw(40)
+    def test_equal_kernels_are_the_identity(self, impl, prior, device):
+        q, k, v = self.draw(device, 40)
         options = {"identity_gain": 0.0, "center_gain": 0.0, "is_causal": True}
         out = shaped_attention(q, k, v, prior=prior, **options, impl=impl)
         torch.testing.assert_close(out, v, rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize("prior", [ESPA(0.5, 0.1), USPA(0.1, 0.6)], ids=str)
-    def test_left_padding_is_no_padding(self, impl, prior):
-        q, k, v = self.draw(40)
+    def test_left_padding_is_no_padding(self, impl, prior, device):
+        q, k, v = self.draw(device, 40)
         options = {"prior": prior, "is_causal": True, "scale": 0.25, "impl": impl}
         expected = shaped_attention(*(x[:, :, 9:] for x in (q, k, v)), **options)
-        start = torch.tensor([9], device=DEVICE)
+        start = torch.tensor([9], device=device)
         out = shaped_attention(q, k, v, key_start=start, **options)[:, :, 9:]
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("prior", [ESPA(0.5, 0.1), USPA(0.1, 0.6)], ids=str)
-    def test_one_query_over_a_cache_is_the_last_row(self, impl, prior):
-        q, k, v = self.draw(40)
+    def test_one_query_over_a_cache_is_the_last_row(self, impl, prior, device):
+        q, k, v = self.draw(device, 40)
         options = {"prior": prior, "is_causal": True, "scale": 0.25, "impl": impl}
         whole = shaped_attention(q, k, v, **options)
         out = shaped_attention(q[:, :, -1:], k, v, **options)
         torch.testing.assert_close(out, whole[:, :, -1:], rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("prior", [ESPA(3.0, 1.0), ESPA(40.0, 30.0)], ids=str)
-    def test_first_tile_far_from_the_diagonal(self, impl, prior):
+    def test_first_tile_far_from_the_diagonal(self, impl, prior, device):
         """A0 of the first keys is 0 there in float32: u of (4) was once infinite."""
-        q, k, v = self.draw(300)
+        q, k, v = self.draw(device, 300)
         options = {"prior": prior, "is_causal": True, "scale": 0.25, "return_lse": True}
         with override_config(LARGE_TILES):
             out, lse = shaped_attention(q, k, v, **options, impl=impl)
@@ -308,10 +311,10 @@ class TestAnyImplementation:
         assert relative_error(out, golden[0]) < 1e-6
         assert relative_error(lse, golden[1]) < 1e-6
 
-    def test_all_visible_entries_underflow(self, impl):
+    def test_all_visible_entries_underflow(self, impl, device):
         """Keys near the diagonal are masked: D is 0 in float32, the lse is not -inf."""
-        q, k, v = self.draw(64)
-        index = torch.arange(64, device=DEVICE)
+        q, k, v = self.draw(device, 64)
+        index = torch.arange(64, device=device)
         mask = (index[:, None] - index) >= 50
         options = {"prior": ESPA(6.0, 4.0), "is_causal": True, "attn_mask": mask, "scale": 0.25}
         out, lse = shaped_attention(q, k, v, **options, return_lse=True, impl=impl)
@@ -322,35 +325,35 @@ class TestAnyImplementation:
         assert seen.any() and torch.equal(lse.isfinite(), seen)
         assert relative_error(lse[seen], golden[1][seen]) < 1e-6
 
-    def test_no_query_and_no_key(self, impl):
+    def test_no_query_and_no_key(self, impl, device):
         for prior in (ESPA(0.5, 0.1), USPA(0.1, 0.6)):
-            q, k, v = (x[:, :, :0] for x in self.draw(4))
+            q, k, v = (x[:, :, :0] for x in self.draw(device, 4))
             out = shaped_attention(q, k, v, prior=prior, is_causal=True, impl=impl)
             assert out.shape == (1, 2, 0, 16)
 
 
 @pytest.mark.parametrize("prior", PAIRS[:3] + PAIRS[4:7], ids=str)
-def test_entries_of_the_kernel(prior):
+def test_entries_of_the_kernel(prior, device):
     """With q = 0 and v = I the output is A0: every entry above 1e-30 to 2e-5."""
     tokens = 256
-    q = torch.zeros(1, 1, tokens, 16, device=DEVICE)
-    v = torch.eye(tokens, device=DEVICE)[None, None]
+    q = torch.zeros(1, 1, tokens, 16, device=device)
+    v = torch.eye(tokens, device=device)[None, None]
     options = {"identity_gain": 0.0, "center_gain": 0.0, "is_causal": True}
     with override_config(LARGE_TILES):
         out = shaped_attention(q, q, v, prior=prior, **options, impl="triton")
-    entries = prior_matrix(prior, tokens)[0].to(DEVICE)
+    entries = prior_matrix(prior, tokens)[0].to(device)
     is_large = entries > 1e-30
     assert ((out[0, 0].double() / entries)[is_large] - 1).abs().max() < 2e-5
     assert not out[0, 0].triu(1).any()
 
 
-def test_row_sums_beyond_float16():
+def test_row_sums_beyond_float16(device):
     """D is about 20 here; with the weights lifted as for D = 1 they were once infinite."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (x.to(DEVICE) for x in torch.randn(3, 1, 1, 512, 16, generator=generator).half())
+    q, k, v = (x.to(device) for x in torch.randn(3, 1, 1, 512, 16, generator=generator).half())
     options = {"prior": ESPA(), "is_causal": True, "identity_gain": 0.0, "center_gain": 0.0}
     options |= {"scale": 8.0}
-    d_out = torch.randn(1, 1, 512, 16, generator=generator).half().to(DEVICE)
+    d_out = torch.randn(1, 1, 512, 16, generator=generator).half().to(device)
     arguments = dict(zip("qkv", (q, k, v), strict=True))
 
     def run(function, convert, **more):
@@ -366,7 +369,7 @@ def test_row_sums_beyond_float16():
         assert_within_budget(value, golden[name], eager[name], factor=2, name=name)
 
 
-def test_roots_are_computed_once(monkeypatch):
+def test_roots_are_computed_once(monkeypatch, device):
     """Of fixed rates, also if the first call was for inference; learnable ones get gradients."""
     calls = []
     log_roots = ESPA._log_roots
@@ -376,7 +379,7 @@ def test_roots_are_computed_once(monkeypatch):
         return log_roots(self, *arguments)
 
     monkeypatch.setattr(ESPA, "_log_roots", counted)
-    q, k, v = torch.randn(3, 1, 2, 23, 16)
+    q, k, v = torch.randn(3, 1, 2, 23, 16).to(device)
     q.requires_grad_()
     options = {"prior": ESPA(0.731, 0.213), "impl": "torch"}
     with torch.inference_mode():
@@ -384,23 +387,22 @@ def test_roots_are_computed_once(monkeypatch):
     second = shaped_attention(q, k, v, **options)
     assert len(calls) == 1 and torch.equal(first, second)
     second.sum().backward()
-    decay = torch.tensor(0.213, requires_grad=True)
+    decay = torch.tensor(0.213, device=device, requires_grad=True)
     learned = shaped_attention(q, k, v, prior=ESPA(0.731, decay), impl="torch")
     (found,) = torch.autograd.grad(learned.square().sum(), decay)
     assert len(calls) == 2 and found.isfinite() and found != 0
 
 
-def test_a_dense_prior_is_learned_by_torch_alone():
-    q, k, v = torch.randn(3, 1, 2, 6, 16)
-    logs = torch.randn(6, 6, requires_grad=True)
+def test_a_dense_prior_is_learned_by_torch_alone(device):
+    q, k, v = torch.randn(3, 1, 2, 6, 16).to(device)
+    logs = torch.randn(6, 6).to(device).requires_grad_()
     out = shaped_attention(q, k, v, prior=logs, impl="torch")
     (found,) = torch.autograd.grad(out.square().sum(), logs)
     out = shaped_attention(q, k, v, prior=logs, impl="reference")
     (expected,) = torch.autograd.grad(out.square().sum(), logs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    tensors = [x.to(DEVICE) for x in (q, k, v, logs)]
     with pytest.raises(ValueError, match="cannot be learned with impl='triton'"):
-        shaped_attention(*tensors[:3], prior=tensors[3], impl="triton")
+        shaped_attention(q, k, v, prior=logs, impl="triton")
 
 
 @pytest.mark.parametrize(
@@ -438,8 +440,9 @@ def test_bad_priors(build, error, message):
         ({"prior": ESPA(1.0, torch.ones(3))}, "prior.decay_out as a Tensor must have shape"),
     ],
 )
-def test_priors_that_do_not_fit(options, message, impl):
-    q, k, v = torch.randn(3, 1, 2, 6, 16)
+def test_priors_that_do_not_fit(options, message, impl, device):
+    q, k, v = torch.randn(3, 1, 2, 6, 16).to(device)
+    options = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
     arguments = {"prior": USPA(), "is_causal": True, "identity_gain": 0.0} | options
     with pytest.raises(ValueError, match=message):
         shaped_attention(q, k, v, **arguments, impl=impl)

@@ -1,5 +1,6 @@
 """The tools that the other tests rely on can fail."""
 
+import functools
 import math
 
 import pytest
@@ -9,15 +10,16 @@ from shaped_attn import shaped_attention
 from shaped_attn.testing import (
     Case,
     assert_within_budget,
+    assert_within_spread,
     eager_attention,
     forward_backward,
-    gain_conditions,
     largest_error,
     make_inputs,
     make_options,
     poison_empty,
     relative_error,
     rounding_error,
+    rounding_spread,
 )
 
 LARGE = Case(2, 4, 2, 200, 300, 64, 32, torch.float32)
@@ -189,23 +191,92 @@ def test_eager_attention_is_the_reference_in_the_input_dtype():
         assert torch.equal(actual, expected)
 
 
-def test_gain_conditions_bound_the_error_of_rounded_terms():
-    """Terms rounded to bfloat16 make an error within, and not far below, what they allow."""
-    case = Case(1, 2, 2, 40, 40, 8, 8, torch.float64, residual_dtype=torch.float64)
-    q, k, v, residual = make_inputs(case)
-    d_out = torch.randn(1, 2, 40, 8, dtype=torch.float64)
-    gains = {"identity_gain": torch.ones(2), "skip_gain": torch.tensor(0.5)}
-    tensors = {"q": q, "k": k, "v": v, "residual": residual} | gains
-    golden = forward_backward(shaped_attention, tensors, d_out, impl="reference")
-    conditions = gain_conditions(tensors, d_out, golden)
-    assert conditions.keys() == {"grad identity_gain", "grad skip_gain"}
-    for name, terms in (("identity_gain", d_out * v), ("skip_gain", d_out * residual)):
-        exact = golden[f"grad {name}"].double()
-        rounded = terms.bfloat16().double().sum((0, 2, 3))
-        rounded = rounded.sum() if exact.ndim == 0 else rounded
-        error = relative_error(rounded, exact)
-        budget = conditions[f"grad {name}"] * rounding_error(torch.bfloat16)
-        assert 1e-3 * budget < error <= budget
+def gain_gradients(case, seed, *, value_mean=0.0):
+    """A function that returns the gradients of all gains, for a function and a dtype."""
+    tensors = make_inputs(case, value_mean=value_mean, seed=seed)._asdict()
+    names = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
+    values = (0.9, 1.1, 0.8, 0.7, 0.6, case.scale)
+    tensors |= {name: torch.tensor([x, 1.5 * x]) for name, x in zip(names, values, strict=True)}
+    generator = torch.Generator().manual_seed(seed)
+    d_out = torch.randn(1, 2, 40, 16, generator=generator)
+
+    def run(function, dtype, rows=slice(None)):
+        arguments = {name: x.to(dtype) for name, x in tensors.items()}
+        some = torch.zeros_like(d_out)
+        some[:, :, rows] = d_out[:, :, rows]
+        found = forward_backward(function, arguments, some, is_causal=True)
+        return {name: found[f"grad {name}"] for name in names}
+
+    return run
+
+
+class TestSpread:
+    case = Case(1, 2, queries=40, head_dim=16, residual_dtype=torch.float32)
+
+    def test_of_one_rounding(self):
+        x = torch.linspace(1, 2, 50, dtype=torch.float64)
+        for dtype in (torch.float32, torch.bfloat16):  # elementwise, all is float32
+            golden, spread = rounding_spread(lambda: {"x": 3 * x, "same": x.flip(0)}, dtype)
+            assert torch.equal(golden["x"], 3 * x)
+            torch.testing.assert_close(spread["x"], 3 * x * rounding_error(torch.float32))
+            assert not spread["same"].any()
+
+    def test_of_a_product_of_matrices(self):
+        """n roundings of partial sums of n terms, and of the result to 16 bits."""
+        a, b = torch.randn(2, 64, 100, dtype=torch.float64)
+        total, squares = a @ b.T, a**2 @ b.T**2
+        for dtype in (torch.float32, torch.bfloat16):
+            _, spread = rounding_spread(lambda: {"x": a @ b.T}, dtype)
+            sums = rounding_error(torch.float32) * (50 * (squares + total**2)).sqrt()
+            expected = torch.hypot(sums, rounding_error(dtype) * total)
+            torch.testing.assert_close(spread["x"], expected)
+
+    def test_holds_what_cancels(self):
+        x = torch.tensor(2.0, dtype=torch.float64)
+        _, spread = rounding_spread(lambda: {"x": (1e6 + x) - 1e6}, torch.float32)
+        assert spread["x"] == pytest.approx(1e6 * rounding_error(torch.float32), rel=1e-4)
+
+    def test_leaves_the_random_state_and_the_first_call_alone(self):
+        state = torch.get_rng_state()
+        calls = []
+
+        def function():
+            calls.append(torch.ones(3, dtype=torch.float64) / 3)
+            return {"x": calls[-1]}
+
+        golden, _ = rounding_spread(function, torch.float32, draws=2)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert len(calls) == 3 and golden["x"] is calls[0]
+
+    @pytest.mark.parametrize("value_mean", [0.0, 100.0])
+    def test_holds_the_error_of_eager_torch(self, value_mean):
+        """Of every gain, without being far above it; with large values delta cancels in dS."""
+        ratios = {}
+        for seed in range(10):
+            run = gain_gradients(self.case, seed, value_mean=value_mean)
+            golden, spread = rounding_spread(
+                functools.partial(run, eager_attention, torch.float64), torch.float32
+            )
+            eager = run(eager_attention, torch.float32)
+            for name, x in eager.items():
+                ratio = (x - golden[name]).norm() / spread[name].norm()
+                ratios.setdefault(name, []).append(ratio.item())
+        for name, found in ratios.items():
+            mean_square = sum(ratio**2 for ratio in found) / len(found)
+            assert 0.02 < math.sqrt(mean_square) < 1, name
+
+    def test_a_wrong_gradient_is_outside(self):
+        run = gain_gradients(self.case, 0)
+        exact = functools.partial(run, eager_attention, torch.float64)
+        golden, spread = rounding_spread(exact, torch.float32)
+        without_a_row = run(eager_attention, torch.float64, slice(39))
+        for name, x in golden.items():
+            assert_within_spread(x.float(), x, spread[name], name=name)
+            for wrong in (1.01 * x, without_a_row[name], x * math.nan):
+                with pytest.raises(AssertionError, match=f"{name}: error .* over the budget"):
+                    assert_within_spread(wrong, x, spread[name], name=name)
+            with pytest.raises(AssertionError, match=rf"{name}: shape \(1,\) is not \(2,\)"):
+                assert_within_spread(x[:1], x, spread[name], name=name)
 
 
 def test_poison_empty():
