@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._version import __version__
+from .destination import check_file
 from .train.command import train
 
 if TYPE_CHECKING:
@@ -405,13 +406,15 @@ def usage_errors() -> Iterator[None]:
 
 def _make_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
     from . import prediction
+    from .config_file import naming
 
     given = {name: value for name, value in flags.items() if value is not None}
     with usage_errors():
         if "v0" in given:
             given["v0"] = prediction.read_covariance(given["v0"])
         values = {} if config is None else prediction.read_config(config)
-        return prediction.make_settings(values, given)
+        with naming(config, values.keys() - given.keys()):
+            return prediction.make_settings(values, given)
 
 
 def _check_files(plot: Path | None, output: Path | None) -> None:
@@ -419,6 +422,9 @@ def _check_files(plot: Path | None, output: Path | None) -> None:
     for name, path in (("--plot", plot), ("--output", output)):
         if path is not None and not path.parent.is_dir():
             raise click.BadParameter(f"there is no folder {path.parent}", param_hint=name)
+        if path is not None:
+            with usage_errors():
+                check_file(path, name)
     if plot is not None:
         from .plots import SUFFIXES
 

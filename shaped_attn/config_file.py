@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,23 @@ def read(path: Path, known: Sequence[str], remedies: Mapping[str, str]) -> dict[
             remedy = remedies.get(name) or _closest(name, known)
             raise ValueError(f"{path}: {name} is not a setting. {remedy}")
     return values
+
+
+@contextlib.contextmanager
+def naming(path: Path | None, names: Collection[str]) -> Iterator[None]:
+    """Put the name of the file before errors of settings that it gives.
+
+    Args:
+        path: of the file, None if there is none.
+        names: of its settings, without those that the command line gives too.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        settings = re.findall(r"\w+", str(error).partition(" must ")[0])
+        if path is None or not set(settings) & set(names):
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _closest(name: str, known: Sequence[str]) -> str:

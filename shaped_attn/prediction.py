@@ -16,12 +16,13 @@ from torch import Tensor
 
 from . import config_file
 from ._version import __version__
+from .nn.checks import check_divides, check_number, check_size
 from .sde import tuning as sde_tuning
 from .sde.comparison import Comparison, compare, critical_value, plain
 from .sde.paths import EIGENVALUE_RANGE
 from .sde.process import INTEGRATORS, CovarianceSDE, check_start, equicorrelated
 from .sde.sample import LEVELS, CovarianceSample, Estimate, fraction, quantile, quantile_error
-from .sde.settings import OUT_PROJ, check_count, check_number
+from .sde.settings import OUT_PROJ
 from .sde.tuning import Candidate, End, Interval, Tuning, mean_correlation, tune
 from .validation import fail
 
@@ -127,7 +128,8 @@ class Settings:
     def __post_init__(self) -> None:
         """Check every field and fill in what follows from others."""
         for name in _COUNTS:
-            self._check(name, check_count)
+            self._check(name, check_size)
+        check_divides("heads", self.heads, "width", self.width)
         for name in _NUMBERS:
             self._check(name, check_number)
             if getattr(self, name) is not None:
@@ -140,11 +142,17 @@ class Settings:
             if getattr(self, name) not in choices:
                 got = repr(getattr(self, name))
                 fail(ValueError, name, f"must be one of {choices}", got, "Choose one of them.")
-        check_count("seed", self.seed, least=0)
-        if self.seed >= 2**63:
-            fail(ValueError, "seed", "must be below 2^63", self.seed, "Give a smaller one.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            fail(TypeError, "seed", "must be an int", repr(self.seed), "Give a whole number.")
+        if not 0 <= self.seed < 2**63:
+            fail(ValueError, "seed", "must be from 0 to 2^63 - 1", self.seed, "Give another one.")
         if isinstance(self.softmax_gain, list):
             self._set("softmax_gain", tuple(self.softmax_gain))
+        for name in ("softmax_gain", "band"):
+            given = getattr(self, name)
+            if given is not None or name not in _OPTIONAL:
+                for value in given if isinstance(given, list | tuple) else (given,):
+                    check_number(name, value)
         self._fill_start()
         if self.band is not None:
             self._set("band", sde_tuning.check_band(self.band, self.tokens))
@@ -464,14 +472,20 @@ def read_covariance(path: Path) -> tuple[tuple[float, ...], ...]:
         fail(ValueError, "v0", "must be a .npy or .json file", path.name, "Convert it.")
     try:
         if suffix == ".npy":
-            import numpy as np
+            from numpy.lib.format import read_array
 
-            matrix = np.load(path, allow_pickle=False).tolist()
+            # Not numpy.load, which takes other formats too, and advises to unpickle what is none.
+            with path.open("rb") as file:
+                matrix = read_array(file, allow_pickle=False).tolist()
         else:
             matrix = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        got = f"{path} ({error.strerror or error})"
+        fail(type(error), "v0", "must be a file that can be read", got, "Check its path.")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return _checked_matrix(str(path), matrix)
+        remedy = "Write it with numpy.save, or as JSON: a list of rows."
+        fail(ValueError, "v0", f"must be a whole {suffix} file", f"{path} ({error})", remedy)
+    return _checked_matrix(f"v0 of {path}", matrix)
 
 
 def _checked_matrix(name: str, rows: Any) -> tuple[tuple[float, ...], ...]:

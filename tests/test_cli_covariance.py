@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -62,6 +63,13 @@ def write(tmp_path):
         return path
 
     return write
+
+
+def npy(array):
+    """What `numpy.save` writes."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
 
 
 def interrupt_after(monkeypatch, owner, calls):
@@ -246,19 +254,26 @@ def test_the_settings_of_a_result_are_a_configuration(write):
         ({"no_mlp": True}, "Write mlp = false."),
         ({"limit": True}, "Write finite_width = false."),
         ({"plot": "a.png"}, "Give --plot on the command line."),
-        ({"depth": "6"}, "depth must be an int, got str"),
-        ({"depth": 6.5}, "depth must be an int, got float"),
+        ({"depth": "6"}, "c.json: depth must be an int, got '6'"),
+        ({"depth": 6.5}, "depth must be an int, got 6.5"),
         ({"depth": None}, "depth must be an int"),
-        ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"tau0": "1"}, "tau0 must be a number, got str"),
+        ({"depth": 0}, "c.json: depth must be at least 1, got 0"),
+        ({"tau0": "1"}, "tau0 must be a number, got '1'"),
         ({"tau0": -1}, "tau0 must be positive"),
-        ({"c_plus": True}, "c_plus must be a number, got bool"),
-        ({"causal": 1}, "causal must be true or false, got 1"),
+        ({"c_plus": True}, "c_plus must be a number, got True"),
+        ({"causal": 1}, "c.json: causal must be true or false, got 1"),
         ({"out_proj": "haar"}, "out_proj must be one of"),
         ({"method": 3}, "method must be one of"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"seed": 2**63}, "seed must be below 2^63"),
-        ({"band": 0.3}, "band must be a pair of numbers"),
+        ({"seed": -1}, "c.json: seed must be from 0 to 2^63 - 1, got -1"),
+        ({"seed": 2**63}, "seed must be from 0 to 2^63 - 1"),
+        ({"seed": "7"}, "c.json: seed must be an int, got '7'"),
+        ({"seed": True}, "seed must be an int, got True"),
+        ({"steps": "many"}, "c.json: steps must be an int, got 'many'"),
+        ({"softmax_gain": "a"}, "softmax_gain must be a number, got 'a'"),
+        ({"softmax_gain": [True]}, "c.json: softmax_gain must be a number, got True"),
+        ({"band": [0.1, "a"]}, "c.json: band must be a number, got 'a'"),
+        ({"width": 100, "heads": 7}, "c.json: heads must divide width, 100, got 7. Choose a"),
+        ({"band": 0.3}, "c.json: band must be a pair of numbers"),
         ({"band": [0.1, 1.5]}, "band must ascend and lie in [-0.333, 1]"),
         ({"softmax_gain": [1, 2]}, "softmax_gain must be one number"),
         ({"branch_gain": 1.5}, "branch_gain must be from 0 to 1"),
@@ -266,7 +281,7 @@ def test_the_settings_of_a_result_are_a_configuration(write):
         ({"correlation": 1.0}, "v0 must have eigenvalues from 0.0001"),
         ({"steps": 3}, "steps must be at least 8 per unit of depth / width for 4 tokens"),
         ({"v0": [[1, 0.5]]}, "v0 must be a square matrix, got 1 rows, of lengths [2]"),
-        ({"v0": [[1, "a"], [0, 1]]}, "an entry of v0 must be a number, got str"),
+        ({"v0": [[1, "a"], [0, 1]]}, "c.json: an entry of v0 must be a number, got 'a'"),
         ({"v0": [[1, 2], [2, 1]]}, "v0 must be positive semidefinite"),
         ({"v0": [[1, 0.5], [0.4, 1]]}, "v0 must be symmetric"),
         ({"v0": [[1]], "correlation": 0.1}, "v0 must not be given beside"),
@@ -292,6 +307,7 @@ def test_a_wrong_file_is_wrong_usage(write, content, message):
         ("predict", ("--depth", "x"), "'x' is not a valid integer"),
         ("predict", ("--depth", 0), "depth must be at least 1"),
         ("predict", ("--band", 0.5, 0.1), "band must ascend"),
+        ("predict", ("--width", 100, "--heads", 7), "heads must divide width, 100, got 7. Choose"),
         ("predict", ("--tokens", 1, "--band", 0.1, 0.5), "band needs at least 2 tokens"),
         ("predict", ("--integrator", "rk4"), "'rk4' is not one of"),
         ("predict", ("--networks", 5), "No such option"),
@@ -302,7 +318,7 @@ def test_a_wrong_file_is_wrong_usage(write, content, message):
         ("predict", ("--device", "abacus"), "'abacus' is not a device"),
         ("predict", ("--c-minus", -12, "--width", 144, "--c-plus", -12), "must not both be"),
         ("compare", ("--networks", 3), "networks and paths must be enough"),
-        ("compare", ("--heads", 3), "width must be a multiple of the 3 heads"),
+        ("compare", ("--heads", 3), "heads must divide width, 128, got 3"),
         ("compare", ("--width", 8, "--heads", 2, "--method", "chain"), "width must be at least 16"),
         ("compare", ("--width", 3, "--method", "network"), "at least the number of tokens, 4"),
         ("compare", ("--head-dim", 0), "head_dim must be at least 1"),
@@ -322,8 +338,25 @@ def test_wrong_flags_are_wrong_usage(command, args, message, monkeypatch, tmp_pa
     [
         ("c.yaml", "depth: 3", "config must be a .json or .toml file"),
         ("c.json", b"\xff\xfe", "codec can't decode"),
-        ("v0.json", b'{"a": 1}', "must be a square matrix, got dict"),
-        ("v0.npy", b"no array", "v0.npy"),
+        ("v0.json", b'{"a": 1}', "v0.json must be a square matrix, got dict"),
+        ("v0.json", b"", "v0 must be a whole .json file"),
+        ("v0.json", b"\xff\xfe", "v0 must be a whole .json file"),
+        ("v0.json", b"[[1, 2], [2]]", "must be a square matrix, got 2 rows, of lengths [2, 1]"),
+        ("v0.json", b"[]", "v0.json must be a square matrix"),
+        ("v0.json", b"[[1, NaN], [NaN, 1]]", "v0.json must be finite, got nan"),
+        ("v0.json", b'[["a", 0], [0, 1]]', "v0.json must be a number, got 'a'"),
+        ("v0.json", b"[[true, 0], [0, 1]]", "v0.json must be a number, got True"),
+        ("v0.json", b"[[1, 2], [2, 1]]", "v0 must be positive semidefinite"),
+        ("v0.json", b"[[1, 0.5], [0.2, 1]]", "v0 must be symmetric"),
+        ("v0.npy", b"no array", "v0 must be a whole .npy file"),
+        ("v0.npy", b"", "v0 must be a whole .npy file"),
+        ("v0.npy", b"PK\x03\x04", "v0 must be a whole .npy file"),
+        ("v0.npy", npy(np.eye(4))[:-1], "v0 must be a whole .npy file"),
+        ("v0.npy", npy(np.array([[None]])), "Write it with numpy.save"),
+        ("v0.npy", npy(np.eye(2) * 1j), "v0.npy must be a number"),
+        ("v0.npy", npy(np.full((2, 2), np.nan)), "v0.npy must be finite, got nan"),
+        ("v0.npy", npy(np.ones(3)), "v0.npy must be a square matrix"),
+        ("v0.npy", npy(np.float64(3)), "v0.npy must be a square matrix"),
         ("v0.txt", b"1", "v0 must be a .npy or .json file"),
     ],
 )
@@ -331,8 +364,58 @@ def test_a_file_of_another_format_is_wrong_usage(tmp_path, name, content, messag
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     result = invoke("predict", "--v0" if name.startswith("v0") else "--config", path)
-    assert result.exit_code == 2
-    assert message in " ".join(result.stderr.split())
+    assert result.exit_code == 2, result.output
+    text = " ".join(result.stderr.split())
+    assert message in text
+    assert "unsafely" not in text  # numpy.load's advice for a file that is none of its own
+
+
+@pytest.mark.parametrize("name", ["v0.npy", "v0.json"])
+def test_a_start_that_cannot_be_read_is_wrong_usage(name, tmp_path, write):
+    for content in (tmp_path / name, tmp_path):  # not there, and a folder
+        result = invoke("predict", "--v0", content)
+        assert result.exit_code == 2
+        assert "'--v0'" in result.stderr
+    (tmp_path / name).mkdir()
+    for given, reason in ((name, "Is a directory"), (f"no/{name}", "No such file")):
+        result = invoke("predict", "--config", write("c.json", {"v0": given}))
+        assert result.exit_code == 2, result.output
+        text = " ".join(result.stderr.split())
+        assert f"v0 must be a file that can be read, got {tmp_path / given} ({reason}" in text
+
+
+def test_a_file_names_itself_for_its_own_settings_alone(write):
+    config = write("c.json", {"depth": 0, "width": 12})
+    result = invoke("predict", "--config", config, "--width", 0, "--depth", 3)
+    text = " ".join(result.stderr.split())
+    assert "Error: width must be at least 1" in text
+    assert "c.json" not in text
+
+
+@pytest.mark.parametrize("command", ["predict", "compare"])
+@pytest.mark.parametrize("flag", ["--output", "--plot"])
+def test_a_file_that_cannot_be_written_is_found_before_any_work(
+    command, flag, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prediction, "predict", None)
+    monkeypatch.setattr(prediction, "compare_networks", None)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    (tmp_path / "kept.png").write_text("before")
+    (tmp_path / "kept.png").chmod(0o444)
+    files = []
+    if not os.access(closed, os.W_OK):
+        files += [closed / "a.png"]
+        if flag == "--output":
+            files += [tmp_path / "kept.png"]
+    if os.path.exists("/proc/self"):  # there root cannot write either
+        files += ["/proc/a.png"]
+    for path in files:
+        result = invoke(command, flag, path)
+        assert result.exit_code == 2, result.output
+        text = " ".join(result.stderr.split())
+        assert f"{flag} must be a file that can be written, got {path} (" in text
+    assert (tmp_path / "kept.png").read_text() == "before"
 
 
 # ----------------------------------------------------------------------------------- predict

@@ -116,6 +116,32 @@ def test_flags_win_over_the_file_and_reach_the_run(tmp_path):
     assert (found["learning_rate"], found["normalization"]) == (0.01, None)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": "many"}, "steps must be an int, got 'many'. Pass a whole number."),
+        ({"depth": True}, "depth must be an int, got True"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number, got '1e-3'"),
+        ({"skip": 1}, "skip must be True or False, got 1 of type int"),
+        ({"data": 3}, "data must be text, got 3"),
+        ({"seed": 1.5}, "seed must be an int, got 1.5"),
+        ({"method": ["shaped"]}, "method must be one of 'shaped'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_value_names_its_file(values, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "load_corpus", None)
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps(values))
+    result = invoke("train", "--config", config, "--output", tmp_path / "run")
+    assert result.exit_code == 2, result.output
+    assert f"Error: {config}: {message}" in words(result.stderr)
+    assert not (tmp_path / "run").exists()
+    # A flag that is wrong itself is not blamed on the file.
+    result = invoke("train", "--config", config, *("--steps", 0) * ("steps" in values))
+    assert (str(config) in words(result.stderr)) == ("steps" not in values)
+
+
 def test_the_help_shows_the_defaults():
     shown = {}
     for names, kind, default, _ in command._SETTINGS:
@@ -251,8 +277,8 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(study, tmp_pa
         result = invoke(*(study_flags() if study else flags()), "--output", output)
         assert result.exit_code == 1, result.output
         text = words(result.stderr)
-        assert f"output must be a folder that can be written, got {output}, but" in text
-        assert "Name another folder." in text
+        assert f"output must be a folder that can be written, got {output} (" in text
+        assert "Name another one." in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file"]
 
 

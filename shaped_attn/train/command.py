@@ -181,12 +181,14 @@ def train(
 
 def _make_settings(config: Path | None, flags: dict[str, Any]) -> TrainSettings:
     from ..cli import usage_errors
+    from ..config_file import naming
     from .settings import TrainSettings, read_config
 
     given = {name: value for name, value in flags.items() if value is not None}
     with usage_errors():
         values = {} if config is None else read_config(config)
-        return TrainSettings(**{**values, **given})
+        with naming(config, values.keys() - given.keys()):
+            return TrainSettings(**{**values, **given})
 
 
 def _run(settings: TrainSettings, output: Path, device: str, work: dict[str, Any]) -> TrainResult:
