@@ -24,11 +24,11 @@ def loops(q, k, v, residual, *, visible, q_offset, log_prior=None, **gains):
     """The formula for Python floats, one query at a time."""
     batch, heads, queries, _ = q.shape
     group = heads // k.shape[1]
-    out = torch.zeros(batch, heads, queries, v.shape[3], dtype=q.dtype)
-    lse = torch.full((batch, heads, queries), -math.inf, dtype=q.dtype)
+    out = q.new_zeros(batch, heads, queries, v.shape[3])
+    lse = q.new_full((batch, heads, queries), -math.inf)
     for b, h, i in itertools.product(range(batch), range(heads), range(queries)):
         keys = [j for j in range(k.shape[2]) if visible(b, h, i, j)]
-        branch = torch.zeros(v.shape[3], dtype=q.dtype)
+        branch = q.new_zeros(v.shape[3])
         if gains["identity_gain"] != 0:
             branch += gains["identity_gain"] * v[b, h // group, q_offset + i]
         prior = {
@@ -57,7 +57,7 @@ def loops(q, k, v, residual, *, visible, q_offset, log_prior=None, **gains):
 @pytest.mark.parametrize("padding", [None, "both"])
 @pytest.mark.parametrize("mask", [None, "rows"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_reference_is_the_formula(is_causal, mask, padding, q_offset):
+def test_reference_is_the_formula(is_causal, mask, padding, q_offset, device):
     case = Case(
         heads=4,
         kv_heads=2,
@@ -72,8 +72,8 @@ def test_reference_is_the_formula(is_causal, mask, padding, q_offset):
         mask=mask,
         residual_dtype=torch.float64,
     )
-    q, k, v, residual = make_inputs(case, scale=GAINS["scale"])
-    options = make_options(case)
+    q, k, v, residual = make_inputs(case, scale=GAINS["scale"], device=device)
+    options = make_options(case, device=device)
     gains = GAINS | {"identity_gain": GAINS["identity_gain"] if case.has_own_keys else 0.0}
     offset = 2 if q_offset is None else q_offset
     start = options.get("key_start", torch.zeros(2, dtype=torch.long)).tolist()
@@ -95,10 +95,10 @@ def test_reference_is_the_formula(is_causal, mask, padding, q_offset):
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_reference_prior_is_the_formula(is_causal):
+def test_reference_prior_is_the_formula(is_causal, device):
     case = Case(queries=5, keys=6, head_dim=3, dtype=torch.float64, residual_dtype=torch.float64)
-    q, k, v, residual = make_inputs(case, scale=GAINS["scale"])
-    log_prior = torch.randn(4, 5, 6, dtype=torch.float64)
+    q, k, v, residual = make_inputs(case, scale=GAINS["scale"], device=device)
+    log_prior = torch.randn(4, 5, 6, dtype=torch.float64).to(device)
     log_prior[:, 1, 2] = -math.inf
     log_prior[0, 3] = -math.inf  # a row whose prior hides all keys
     out, lse = shaped_attention(
@@ -139,17 +139,18 @@ GRADCHECK_CASES = [
 @pytest.mark.parametrize("prior", [False, True], ids=["uniform", "prior"])
 @pytest.mark.parametrize("gain_shape", [(), (2,)], ids=["scalar", "head"])
 @pytest.mark.parametrize("case", GRADCHECK_CASES, ids=lambda case: case.id)
-def test_reference_gradcheck(case, gain_shape, prior):
+def test_reference_gradcheck(case, gain_shape, prior, device):
     """All inputs, all gains and the log prior; out and lse."""
     case = Case(**{**vars(case), "residual_dtype": torch.float64})
     if gain_shape and case.heads != gain_shape[0]:
         gain_shape = (case.heads,)
-    inputs = make_inputs(case, scale=1.0)
-    options = make_options(case)
-    gains = 0.5 + torch.rand(6, *gain_shape, dtype=torch.float64)
+    inputs = make_inputs(case, scale=1.0, device=device)
+    options = make_options(case, device=device)
+    gains = 0.5 + torch.rand(6, *gain_shape, dtype=torch.float64).to(device)
     log_prior = None
     if prior:
         log_prior = torch.randn(case.heads, case.queries, case.keys, dtype=torch.float64)
+        log_prior = log_prior.to(device)
 
     def function(q, k, v, residual, gains, log_prior):
         out, lse = shaped_attention(
@@ -173,10 +174,10 @@ def test_reference_gradcheck(case, gain_shape, prior):
         assert torch.autograd.gradgradcheck(function, arguments)
 
 
-def test_reference_gradient_of_a_hidden_prior_entry_is_zero():
-    q, k, v, _ = make_inputs(Case(queries=3, head_dim=2, dtype=torch.float64))
-    log_prior = torch.zeros(3, 3, dtype=torch.float64).tril()
-    log_prior = log_prior.masked_fill(~torch.ones(3, 3).tril().bool(), -math.inf).requires_grad_()
+def test_reference_gradient_of_a_hidden_prior_entry_is_zero(device):
+    q, k, v, _ = make_inputs(Case(queries=3, head_dim=2, dtype=torch.float64), device=device)
+    log_prior = torch.full((3, 3), -math.inf, dtype=torch.float64, device=device).triu(1)
+    log_prior.requires_grad_()
     out = shaped_attention(q, k, v, prior=log_prior, impl="reference")
     (gradient,) = torch.autograd.grad(out.square().sum(), log_prior)
     assert gradient.isfinite().all()
@@ -185,9 +186,9 @@ def test_reference_gradient_of_a_hidden_prior_entry_is_zero():
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_reference_uniform_prior_as_a_tensor_changes_nothing_but_lse(is_causal):
-    q, k, v, _ = make_inputs(Case(queries=9, head_dim=4, dtype=torch.float64))
-    count = torch.arange(1.0, 10.0, dtype=torch.float64) if is_causal else torch.full((9,), 9.0)
+def test_reference_uniform_prior_as_a_tensor_changes_nothing_but_lse(is_causal, device):
+    q, k, v, _ = make_inputs(Case(queries=9, head_dim=4, dtype=torch.float64), device=device)
+    count = torch.arange(1, 10, device=device) if is_causal else torch.full((9,), 9, device=device)
     log_prior = -count.double().log()[:, None].expand(9, 9)
     options = {"is_causal": is_causal, "return_lse": True, "impl": "reference"}
     out, lse = shaped_attention(q, k, v, **options)
@@ -196,10 +197,10 @@ def test_reference_uniform_prior_as_a_tensor_changes_nothing_but_lse(is_causal):
     torch.testing.assert_close(weighted, lse - count.double().log(), rtol=1e-12, atol=1e-12)
 
 
-def test_reference_prior_is_the_attention_matrix_at_zero_logits():
+def test_reference_prior_is_the_attention_matrix_at_zero_logits(device):
     """D softmax(log A0) = A0: with q = 0 and equal gains any prior leaves identity * v."""
-    q, k, v, _ = make_inputs(Case(queries=6, head_dim=4, dtype=torch.float64))
-    log_prior = torch.randn(4, 6, 6, dtype=torch.float64)
+    q, k, v, _ = make_inputs(Case(queries=6, head_dim=4, dtype=torch.float64), device=device)
+    log_prior = torch.randn(4, 6, 6, dtype=torch.float64).to(device)
     out = shaped_attention(0 * q, k, v, prior=log_prior, impl="reference")
     torch.testing.assert_close(out, v, rtol=1e-13, atol=1e-12)
     out = shaped_attention(
@@ -209,8 +210,10 @@ def test_reference_prior_is_the_attention_matrix_at_zero_logits():
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_reference_softmax_alone_is_sdpa(is_causal):
-    q, k, v, _ = make_inputs(Case(heads=4, kv_heads=2, queries=17, dtype=torch.float64))
+def test_reference_softmax_alone_is_sdpa(is_causal, device):
+    q, k, v, _ = make_inputs(
+        Case(heads=4, kv_heads=2, queries=17, dtype=torch.float64), device=device
+    )
     out = shaped_attention(
         q,
         k,
@@ -225,8 +228,10 @@ def test_reference_softmax_alone_is_sdpa(is_causal):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_reference_default_scale_is_one_over_sqrt_of_width_and_head_dim():
-    q, k, v, _ = make_inputs(Case(heads=4, queries=5, head_dim=8, dtype=torch.float64))
+def test_reference_default_scale_is_one_over_sqrt_of_width_and_head_dim(device):
+    q, k, v, _ = make_inputs(
+        Case(heads=4, queries=5, head_dim=8, dtype=torch.float64), device=device
+    )
     width, head_dim = 4 * 8, 8
     out = shaped_attention(q, k, v, impl="reference")
     expected = shaped_attention(q, k, v, scale=1 / math.sqrt(width * head_dim), impl="reference")
@@ -234,9 +239,9 @@ def test_reference_default_scale_is_one_over_sqrt_of_width_and_head_dim():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_reference_computes_in_float32_and_eager_in_the_input_dtype(dtype):
+def test_reference_computes_in_float32_and_eager_in_the_input_dtype(dtype, device):
     case = Case(queries=96, dtype=dtype, is_causal=True)
-    q, k, v, _ = make_inputs(case, logit_std=0.1)
+    q, k, v, _ = make_inputs(case, logit_std=0.1, device=device)
     options = {"identity_gain": 0.0, "is_causal": True}
     golden = shaped_attention(q.double(), k.double(), v.double(), **options, impl="reference")
     out, lse = shaped_attention(q, k, v, **options, return_lse=True, impl="reference")
