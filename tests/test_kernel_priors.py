@@ -14,8 +14,6 @@ from shaped_attn.testing import Case, make_inputs, relative_error
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 @triton.jit
 def _add_log2_decay(scores, positions, keys, first_key, head, parameters):
@@ -42,20 +40,20 @@ def log_decay(rates: torch.Tensor, queries: int, keys: int, q_offset: int) -> to
 @pytest.mark.parametrize(
     "dtype, bound", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"]
 )
-def test_a_prior_enters_forward_and_backward(dtype, bound, is_causal, center_gain):
+def test_a_prior_enters_forward_and_backward(dtype, bound, is_causal, center_gain, device):
     case = Case(1, 2, 1, queries=40, keys=50, head_dim=16, dtype=dtype, is_causal=is_causal)
     q, k, v, _ = make_inputs(case, scale=0.2, value_mean=1.0)
     rates = torch.tensor([0.1, 0.4])
     gains = Gains(identity=0.5, softmax=1.1, center=center_gain, branch=0.9, scale=0.2)
     visibility = {"is_causal": is_causal, "q_offset": 10, "key_start": None, "key_end": None}
     options = {**visibility, "attn_mask": None}
-    hook = {"prior": DECAY, "prior_parameters": (rates.to(DEVICE),)}
+    hook = {"prior": DECAY, "prior_parameters": (rates.to(device),)}
     d_out = torch.randn(1, 2, 40, 16).to(dtype)
 
-    tensors = [x.to(DEVICE) for x in (q, k, v)]
+    tensors = [x.to(device) for x in (q, k, v)]
     saved = attention_fwd(*tensors, None, tuple(gains), **options, **hook, save_for_backward=True)
     found = attention_bwd(
-        d_out.to(DEVICE),
+        d_out.to(device),
         None,
         *tensors,
         None,
