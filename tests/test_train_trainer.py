@@ -375,6 +375,23 @@ def test_a_line_that_is_torn_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
     assert metrics.read(path) == [{"kind": "train", "step": 1}]
+    path.write_text('{"kind": "tra\n{"kind": "train", "step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl must hold .* Remove that line"):
+        metrics.read(path)
+    assert path.read_text() == '{"kind": "tra\n{"kind": "train", "step": 1}\n'
+
+
+@pytest.mark.parametrize("content", ["{", "3", "[]", '{"status": "finished"}', '{"validation": 3}'])
+def test_a_result_that_is_damaged_is_a_clear_error(content, tmp_path, whole):
+    first = train(settings(), tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"result\.json must be the result of a run.*Move it away"):
+        train(settings(), tmp_path / "run")
+    assert path.read_text() == content
+    path.rename(tmp_path / "away")
+    assert train(settings(), tmp_path / "run").validation == first.validation
+    assert_same_run(tmp_path / "run", whole)
 
 
 # ------------------------------------------------------------------------------------ other folders

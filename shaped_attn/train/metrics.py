@@ -59,8 +59,18 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file of metrics; a last line that is torn is left out."""
+    """Return the lines of a file of metrics; a last line that is torn is left out.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
     if not path.exists():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    try:
+        *whole, _ = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must hold one JSON object on each line, and one is damaged ({error}). Remove "
+            "that line, which is lost; the run itself does not need it."
+        ) from error

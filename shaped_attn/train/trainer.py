@@ -148,7 +148,7 @@ def train(
     folder.check(settings, data["sha256"], accelerator.num_processes)
     accelerator.wait_for_everyone()
     if folder.result.exists():
-        return TrainResult.from_dict(json.loads(folder.result.read_text(encoding="utf-8")))
+        return _read_result(folder.result)
     is_resumed = folder.run.exists()
     accelerator.wait_for_everyone()
     if not is_resumed:
@@ -186,6 +186,16 @@ def train(
     if status != INTERRUPTED:
         on_main_process(accelerator, end)
     return result
+
+
+def _read_result(path: Path) -> TrainResult:
+    try:
+        return TrainResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must be the result of a run, and cannot be read as one ({error}). Move it "
+            "away: the run then goes on from its last checkpoint."
+        ) from error
 
 
 def check_ready(output: Path) -> None:
