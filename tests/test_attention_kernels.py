@@ -389,3 +389,87 @@ def test_two_key_sets_merge_by_lse(device):
     merged = sum((part_lse - lse).exp()[..., None] * out for out, part_lse in halves)
     torch.testing.assert_close(lse, whole_lse, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-6)
+
+
+# Sizes of models, and what takes many calls: on a GPU alone. Tiles are larger there, loops long.
+REAL_SIZES = {
+    "full": Case(1, 2, queries=4059, head_dim=64),
+    "causal": Case(1, 2, queries=4059, head_dim=128, is_causal=True, residual_dtype=...),
+    "grouped_heads_and_cache": Case(
+        2, 4, 2, 1000, 3001, 64, is_causal=True, residual_dtype=torch.float32
+    ),
+    "both_paddings": Case(3, 2, queries=2047, head_dim=128, is_causal=True, padding="both"),
+    "random_mask": Case(1, 2, 1, 1025, 2048, 64, mask="random"),
+    "largest_head_dim": Case(1, 2, queries=2049, head_dim=256, is_causal=True),
+    "odd_head_dims": Case(1, 2, queries=2049, head_dim=97, value_dim=33, is_causal=True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logit_std", [0.03, 1.0, 8.0])
+@pytest.mark.parametrize("name", REAL_SIZES)
+def test_real_sizes(name, logit_std, dtype, device):
+    case = of_dtype(REAL_SIZES[name], dtype)
+    compare(device, case, draw_gains(device, case), {}, logit_std=logit_std)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logit_std", [0.03, 1.0, 8.0])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_centered_term_at_a_real_size(regime, logit_std, dtype, device):
+    case = Case(1, 2, queries=4059, head_dim=64, dtype=dtype, is_causal=True)
+    q, k, v, _ = make_inputs(case, logit_std=logit_std, device=device, **REGIMES[regime])
+    out = shaped_attention(q, k, v, is_causal=True, **CENTERED, impl="triton")
+    golden = reference_attention(q.double(), k.double(), v.double(), is_causal=True, **CENTERED)
+    assert relative_error(out, golden) <= CENTERED_ERROR[dtype]
+
+
+def real_call(device, **changes) -> tuple[dict, dict]:
+    sizes = {"heads": 4, "queries": 1111, "head_dim": 64, "residual_dtype": torch.float32}
+    return small_call(device, **(sizes | changes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_thousand_repeats_give_equal_bits(dtype, device):
+    tensors, gains = real_call(device, dtype=dtype)
+    first = run_all(tensors, gains, is_causal=True)
+    for repeat in range(1000):
+        again = run_all(tensors, gains, is_causal=True)
+        differing = [name for name in first if not torch.equal(first[name], again[name])]
+        assert differing == [], f"repeat {repeat}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_invariants_at_a_real_size(dtype, device):
+    tensors, gains = real_call(device, dtype=dtype, residual_dtype=None)
+    options = {"is_causal": True, "impl": "triton"}
+    q, k, v = (tensors[name] for name in "qkv")
+    assert torch.equal(
+        shaped_attention(0 * q, k, v, **options), v.repeat_interleave(4, 1).expand_as(q)
+    )
+    changed = {name: x.clone() for name, x in tensors.items()}
+    for name in ("k", "v"):
+        changed[name][:, :, 700:] = 5.0
+    before = shaped_attention(**tensors, **gains, **options)
+    after = shaped_attention(**changed, **gains, **options)
+    assert torch.equal(before[:, :, :700], after[:, :, :700])
+    strided = {name: x.mT.contiguous().mT for name, x in tensors.items()}
+    assert torch.equal(shaped_attention(**strided, **gains, **options), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cuda_graph_replays_the_call(dtype, device):
+    tensors, gains = real_call(device, dtype=dtype)
+    options = {"is_causal": True, "impl": "triton"}
+    shaped_attention(**tensors, **gains, **options)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = shaped_attention(**tensors, **gains, **options)
+    tensors["v"].mul_(2)
+    graph.replay()
+    assert torch.equal(captured, shaped_attention(**tensors, **gains, **options))
