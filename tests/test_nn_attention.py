@@ -35,10 +35,16 @@ VISIBILITY = {
 }
 
 
-def visible_keys(module, key_start=None, key_end=None, attn_mask=None):
+def visibility_of(name, device):
+    """Whether it is causal, and the tensors on the device."""
+    options = {n: x if x is True else x.to(device) for n, x in VISIBILITY[name].items()}
+    return options.pop("is_causal", False), options
+
+
+def visible_keys(device, module, key_start=None, key_end=None, attn_mask=None):
     """(B, heads, T, T) bool."""
-    key = torch.arange(LENGTH)
-    visible = torch.ones(BATCH, module.heads, LENGTH, LENGTH, dtype=torch.bool)
+    key = torch.arange(LENGTH, device=device)
+    visible = torch.ones(BATCH, module.heads, LENGTH, LENGTH, dtype=torch.bool, device=device)
     if module.is_causal:
         visible = visible & (key <= key[:, None])
     if key_start is not None:
@@ -50,7 +56,7 @@ def visible_keys(module, key_start=None, key_end=None, attn_mask=None):
 
 def matrices(module, x, scale, gains=(1.0, 1.0, 1.0), turn=lambda x: x, **visibility):
     """A of every head, as its formula says, (B, heads, T, T)."""
-    visible = visible_keys(module, **visibility)
+    visible = visible_keys(x.device, module, **visibility)
     size, group = module.head_dim, module.heads // module.kv_heads
     found = []
     for h in range(module.heads):
@@ -61,7 +67,9 @@ def matrices(module, x, scale, gains=(1.0, 1.0, 1.0), turn=lambda x: x, **visibi
         logits = (scale * (q @ k.mT)).masked_fill(~visible[:, h], -torch.inf)
         softmax = logits.softmax(-1).nan_to_num(0.0)
         prior = visible[:, h].to(x.dtype) / visible[:, h].sum(-1, keepdim=True).clamp(min=1)
-        found.append(a * torch.eye(LENGTH, dtype=x.dtype) + b * softmax - c * prior)
+        found.append(
+            a * torch.eye(LENGTH, dtype=x.dtype, device=x.device) + b * softmax - c * prior
+        )
     return torch.stack(found, dim=1)
 
 
@@ -85,12 +93,12 @@ def assert_equal(actual, expected, *, passes=1):
     assert relative_error(actual, expected) <= passes * sums * rounding_error(actual.dtype)
 
 
-def build(heads=2, dtype=torch.float64, **options):
-    return ShapedAttention(WIDTH, heads, dtype=dtype, **options)
+def build(device, heads=2, dtype=torch.float64, impl="torch", **options):
+    return ShapedAttention(WIDTH, heads, dtype=dtype, impl=impl, **options).to(device)
 
 
-def stream(dtype=torch.float64):
-    return torch.randn(2, BATCH, LENGTH, WIDTH, dtype=dtype)
+def stream(device, dtype=torch.float64):
+    return torch.randn(2, BATCH, LENGTH, WIDTH, dtype=dtype).to(device)
 
 
 def width_scale(module, tau0=1.0):
@@ -100,15 +108,14 @@ def width_scale(module, tau0=1.0):
 # The formula
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("visibility", VISIBILITY)
 @pytest.mark.parametrize("out_proj", ["none", "gaussian", "orthogonal"])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_equals_the_formula(heads, out_proj, visibility, impl):
-    options = dict(VISIBILITY[visibility])
-    is_causal = options.pop("is_causal", False)
-    module = build(heads, out_proj=out_proj, is_causal=is_causal, tau0=0.25, impl=impl)
-    x, residual = stream()
+def test_equals_the_formula(heads, out_proj, visibility, impl, device):
+    is_causal, options = visibility_of(visibility, device)
+    module = build(device, heads, out_proj=out_proj, is_causal=is_causal, tau0=0.25, impl=impl)
+    x, residual = stream(device)
     out = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH, **options)
     scale = width_scale(module, tau0=0.25)
     assert_equal(out, formula(module, x, residual, SKIP, BRANCH, scale=scale, **options))
@@ -117,12 +124,14 @@ def test_equals_the_formula(heads, out_proj, visibility, impl):
 @pytest.mark.parametrize("out_proj", ["none", "gaussian"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("head_dim", [1, 5, 16])
-def test_grouped_heads_and_any_head_dim(head_dim, kv_heads, out_proj):
-    module = build(4, kv_heads=kv_heads, head_dim=head_dim, out_proj=out_proj, is_causal=True)
+def test_grouped_heads_and_any_head_dim(head_dim, kv_heads, out_proj, device):
+    module = build(
+        device, 4, kv_heads=kv_heads, head_dim=head_dim, out_proj=out_proj, is_causal=True
+    )
     assert module.query.weight.shape == (4 * head_dim, WIDTH)
     assert module.key.weight.shape == (kv_heads * head_dim, WIDTH)
     assert module.value.weight.shape == (kv_heads * 6, WIDTH)
-    x, residual = stream()
+    x, residual = stream(device)
     out = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
     assert_equal(out, formula(module, x, residual, SKIP, BRANCH, scale=width_scale(module)))
 
@@ -137,48 +146,48 @@ def test_grouped_heads_and_any_head_dim(head_dim, kv_heads, out_proj):
         (0.3, 1.0, 0.3),
     ],
 )
-def test_scale(scale, tau0, expected):
-    module = build(scale=scale, tau0=tau0)
-    x, residual = stream()
+def test_scale(scale, tau0, expected, device):
+    module = build(device, scale=scale, tau0=tau0)
+    x, residual = stream(device)
     assert_equal(module(x, residual), formula(module, x, residual, 1.0, 1.0, scale=expected))
 
 
 @pytest.mark.parametrize("out_proj", ["none", "gaussian"])
-def test_gains_per_head(out_proj):
+def test_gains_per_head(out_proj, device):
     gains = {"identity_gain": (0.5, 1.5), "softmax_gain": [2.0, 0.3], "center_gain": (0.7, 0.0)}
-    module = build(out_proj=out_proj, **gains)
-    x, residual = stream()
-    tensors = [torch.tensor(gain, dtype=torch.float64) for gain in gains.values()]
+    module = build(device, out_proj=out_proj, **gains)
+    x, residual = stream(device)
+    tensors = [torch.tensor(gain, dtype=torch.float64, device=device) for gain in gains.values()]
     expected = formula(module, x, residual, SKIP, BRANCH, scale=width_scale(module), gains=tensors)
     assert_equal(module(x, residual, skip_gain=SKIP, branch_gain=BRANCH), expected)
 
 
-def test_center_gain_is_the_softmax_gain_unless_given():
-    assert build(softmax_gain=0.3).gains()["center_gain"] == 0.3
-    assert build(softmax_gain=(0.3, 0.2)).gains()["center_gain"].tolist() == [0.3, 0.2]
-    assert build(softmax_gain=0.3, center_gain=0.0).gains()["center_gain"] == 0.0
+def test_center_gain_is_the_softmax_gain_unless_given(device):
+    assert build(device, softmax_gain=0.3).gains()["center_gain"] == 0.3
+    assert build(device, softmax_gain=(0.3, 0.2)).gains()["center_gain"].tolist() == [0.3, 0.2]
+    assert build(device, softmax_gain=0.3, center_gain=0.0).gains()["center_gain"] == 0.0
 
 
 @pytest.mark.parametrize("out_proj", ["none", "gaussian"])
-def test_without_residual(out_proj):
-    module = build(out_proj=out_proj)
-    x, residual = stream()
+def test_without_residual(out_proj, device):
+    module = build(device, out_proj=out_proj)
+    x, residual = stream(device)
     expected = formula(module, x, 0 * residual, 1.0, BRANCH, scale=width_scale(module))
     assert_equal(module(x, branch_gain=BRANCH), expected)
 
 
-def test_rotary_turns_queries_and_keys():
+def test_rotary_turns_queries_and_keys(device):
     """Against multiplication by exp(i angle), with pairs as complex numbers."""
-    module = build(is_causal=True, scale="standard")
-    x, residual = stream()
+    module = build(device, is_causal=True, scale="standard")
+    x, residual = stream(device)
 
     def turn(x):
-        position = torch.arange(LENGTH, dtype=torch.float64)[:, None]
-        angle = position * 100.0 ** (-torch.arange(6, dtype=torch.float64) / 6)
-        turned = torch.complex(x[..., :6], x[..., 6:]) * torch.polar(torch.ones(()).double(), angle)
+        position = torch.arange(LENGTH, dtype=torch.float64, device=device)[:, None]
+        angle = position * 100.0 ** (-torch.arange(6, dtype=torch.float64, device=device) / 6)
+        turned = torch.complex(x[..., :6], x[..., 6:]) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat((turned.real, turned.imag), dim=-1)
 
-    rotary = rotary_table(LENGTH, 12, 100.0, dtype=torch.float64)
+    rotary = rotary_table(LENGTH, 12, 100.0, dtype=torch.float64, device=device)
     out = module(x, residual, rotary=rotary)
     expected = formula(module, x, residual, 1.0, 1.0, scale=1 / math.sqrt(12), turn=turn)
     assert_equal(out, expected)
@@ -187,9 +196,10 @@ def test_rotary_turns_queries_and_keys():
 
 @pytest.mark.parametrize("out_proj", ["none", "gaussian", "orthogonal"])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_gradients_equal_those_of_the_formula(heads, out_proj):
+def test_gradients_equal_those_of_the_formula(heads, out_proj, device):
     names = ("identity_gain", "softmax_gain", "center_gain")
     module = build(
+        device,
         heads,
         kv_heads=max(1, heads // 2),
         is_causal=True,
@@ -201,7 +211,7 @@ def test_gradients_equal_those_of_the_formula(heads, out_proj):
         gain_scheme="learn",
         learned_gains=names,
     )
-    x, residual = (x.requires_grad_() for x in stream())
+    x, residual = (x.requires_grad_() for x in stream(device))
     out = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
     gains = [getattr(module.gains, name) for name in names]
     scale = width_scale(module, tau0=0.25)
@@ -221,27 +231,27 @@ def test_gradients_equal_those_of_the_formula(heads, out_proj):
 
 @pytest.mark.parametrize("out_proj", ["none", "gpt2"])
 @pytest.mark.parametrize("value_proj", ["none", "identity", "gpt2"])
-def test_values(value_proj, out_proj):
+def test_values(value_proj, out_proj, device):
     """A module whose own W_V is the matrix by which ``value_proj`` multiplies x."""
     options = {"heads": 4, "out_proj": out_proj, "is_causal": True, "scale": "standard"}
-    module = build(value_proj=value_proj, **options)
-    written_out = build(**options)
+    module = build(device, value_proj=value_proj, **options)
+    written_out = build(device, **options)
     state = module.state_dict()
-    eye = torch.eye(WIDTH, dtype=torch.float64)
+    eye = torch.eye(WIDTH, dtype=torch.float64, device=device)
     if value_proj == "none":
         assert module.value is None
         state["value.weight"] = eye
     elif value_proj == "identity":
         assert not module.value.weight.any()
         assert module.value_identity_gain == module.value_weight_gain == 1.0
-        module.value.weight.data.normal_()
+        module.value.weight.data.copy_(torch.randn(WIDTH, WIDTH))
         module.value_identity_gain.data.fill_(0.5)
         module.value_weight_gain.data.fill_(0.3)
         weight = 0.5 * eye + 0.3 * module.value.weight
         state = {name: x for name, x in state.items() if "gain" not in name}
         state["value.weight"] = weight.detach()
     written_out.load_state_dict(state)
-    x, residual = stream()
+    x, residual = stream(device)
     gains = {"skip_gain": SKIP, "branch_gain": BRANCH}
     assert_equal(module(x, residual, **gains), written_out(x, residual, **gains))
     assert_equal(module.attention_matrix(x), written_out.attention_matrix(x))
@@ -250,13 +260,13 @@ def test_values(value_proj, out_proj):
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("prior", [ESPA(0.7, 0.1), USPA(0.2, 0.6)], ids=["e_spa", "u_spa"])
-def test_prior_of_an_attention(prior, is_causal, impl):
+def test_prior_of_an_attention(prior, is_causal, impl, device):
     gains = {"identity_gain": 0.9, "softmax_gain": 1.2, "center_gain": 0.7}
-    module = build(prior=prior, is_causal=is_causal, impl=impl, scale="standard", **gains)
-    matrix = prior_matrix(prior, LENGTH, is_causal=is_causal)[0]
-    x, residual = stream()
+    module = build(device, prior=prior, is_causal=is_causal, impl=impl, scale="standard", **gains)
+    matrix = prior_matrix(prior, LENGTH, is_causal=is_causal)[0].to(device)
+    x, residual = stream(device)
     heads = []
-    for rows in torch.arange(WIDTH).split(12):
+    for rows in torch.arange(WIDTH, device=device).split(12):
         q, k, v = (x @ w.weight[rows].T for w in (module.query, module.key, module.value))
         weights = (q @ k.mT / math.sqrt(12) + matrix.log()).softmax(-1)
         mixed = 1.2 * matrix.sum(-1, keepdim=True) * weights - 0.7 * matrix
@@ -291,9 +301,9 @@ def count(call):
 
 
 @pytest.mark.parametrize("out_proj", ["gaussian", "orthogonal"])
-def test_output_projection_takes_the_residual_in_its_epilogue(out_proj):
-    module = build(out_proj=out_proj)
-    x, residual = stream()
+def test_output_projection_takes_the_residual_in_its_epilogue(out_proj, device):
+    module = build(device, out_proj=out_proj)
+    x, residual = stream(device)
     plain = count(lambda: module(x))
     mixed = count(lambda: module(x, residual, skip_gain=SKIP, branch_gain=BRANCH))
     assert plain["mm"] == 4
@@ -301,9 +311,11 @@ def test_output_projection_takes_the_residual_in_its_epilogue(out_proj):
 
 
 @pytest.mark.parametrize("branch_gain", [BRANCH, torch.tensor([0.6, 0.5], dtype=torch.float64)])
-def test_operator_takes_the_residual_without_output_projection(branch_gain, monkeypatch):
-    module = build(impl="reference")
-    x, residual = stream()
+def test_operator_takes_the_residual_without_output_projection(branch_gain, monkeypatch, device):
+    if isinstance(branch_gain, torch.Tensor):
+        branch_gain = branch_gain.to(device)
+    module = build(device, impl="reference")
+    x, residual = stream(device)
     calls = []
 
     def record(*args, **options):
@@ -319,9 +331,9 @@ def test_operator_takes_the_residual_without_output_projection(branch_gain, monk
     assert options["impl"] == "reference"
 
 
-def test_a_tensor_branch_gain_goes_into_the_operator(monkeypatch):
-    module = build(out_proj="gaussian")
-    x, residual = stream()
+def test_a_tensor_branch_gain_goes_into_the_operator(monkeypatch, device):
+    module = build(device, out_proj="gaussian")
+    x, residual = stream(device)
     expected = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
     seen = []
     operator = attention.shaped_attention
@@ -331,7 +343,7 @@ def test_a_tensor_branch_gain_goes_into_the_operator(monkeypatch):
         return operator(*args, **options)
 
     monkeypatch.setattr(attention, "shaped_attention", record)
-    gain = torch.full((2,), BRANCH, dtype=torch.float64, requires_grad=True)
+    gain = torch.full((2,), BRANCH, dtype=torch.float64, device=device, requires_grad=True)
     mixed = count(lambda: module(x, residual, skip_gain=SKIP, branch_gain=gain))
     assert mixed["addmm"] == 1 and seen == [gain]
     out = module(x, residual, skip_gain=SKIP, branch_gain=gain)
@@ -343,10 +355,10 @@ def test_a_tensor_branch_gain_goes_into_the_operator(monkeypatch):
 
 
 @pytest.mark.parametrize("out_proj", ["none", "gaussian"])
-def test_tensor_skip_gain(out_proj):
-    module = build(out_proj=out_proj)
-    x, residual = stream()
-    gain = torch.tensor(SKIP, dtype=torch.float64, requires_grad=True)
+def test_tensor_skip_gain(out_proj, device):
+    module = build(device, out_proj=out_proj)
+    x, residual = stream(device)
+    gain = torch.tensor(SKIP, dtype=torch.float64, device=device, requires_grad=True)
     out = module(x, residual, skip_gain=gain, branch_gain=BRANCH)
     assert_equal(out, module(x, residual, skip_gain=SKIP, branch_gain=BRANCH))
     (gradient,) = torch.autograd.grad((out * residual).sum(), gain)
@@ -354,9 +366,9 @@ def test_tensor_skip_gain(out_proj):
 
 
 @pytest.mark.parametrize("out_proj", ["none", "gaussian"])
-def test_a_wider_residual_stays_wide(out_proj):
-    module = build(out_proj=out_proj, dtype=torch.bfloat16)
-    x, residual = stream(torch.float32)
+def test_a_wider_residual_stays_wide(out_proj, device):
+    module = build(device, out_proj=out_proj, dtype=torch.bfloat16)
+    x, residual = stream(device, torch.float32)
     x = x.bfloat16()
     out = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
     assert out.dtype == torch.float32
@@ -369,11 +381,11 @@ def test_a_wider_residual_stays_wide(out_proj):
 
 
 @pytest.mark.parametrize("out_proj", ["none", "gaussian"])
-def test_autocast_keeps_the_residual_wide(out_proj):
-    module = build(out_proj=out_proj, dtype=torch.float32, gain_scheme="learn")
-    x, residual = stream(torch.float32)
+def test_autocast_keeps_the_residual_wide(out_proj, device):
+    module = build(device, out_proj=out_proj, dtype=torch.float32, gain_scheme="learn")
+    x, residual = stream(device, torch.float32)
     residual.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         assert module(x).dtype == torch.bfloat16
         out = module(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
         skip = module(0 * x, residual, skip_gain=SKIP, branch_gain=BRANCH)
@@ -387,8 +399,8 @@ def test_autocast_keeps_the_residual_wide(out_proj):
 # Gain schemes
 
 
-def test_fixed_gains_are_numbers():
-    module = build()
+def test_fixed_gains_are_numbers(device):
+    module = build(device)
     assert module.gains() == {"identity_gain": 1.0, "softmax_gain": 1.0, "center_gain": 1.0}
     assert set(module.state_dict()) == {"query.weight", "key.weight", "value.weight"}
 
@@ -396,8 +408,8 @@ def test_fixed_gains_are_numbers():
 @pytest.mark.parametrize(
     "learned", [("identity_gain", "center_gain"), ("softmax_gain",), ["center_gain"]]
 )
-def test_learned_gains_are_parameters_per_head(learned):
-    module = build(4, gain_scheme="learn", learned_gains=learned, softmax_gain=(1, 2, 3, 4))
+def test_learned_gains_are_parameters_per_head(learned, device):
+    module = build(device, 4, gain_scheme="learn", learned_gains=learned, softmax_gain=(1, 2, 3, 4))
     parameters = dict(module.gains.named_parameters())
     assert set(parameters) == set(learned)
     starts = {"identity_gain": [1.0] * 4, "softmax_gain": [1.0, 2.0, 3.0, 4.0]}
@@ -407,14 +419,14 @@ def test_learned_gains_are_parameters_per_head(learned):
     assert ("softmax_gain" in dict(module.gains.named_buffers())) == ("softmax_gain" not in learned)
 
 
-def test_learned_gains_default_to_identity_and_center():
-    module = build(gain_scheme="learn")
+def test_learned_gains_default_to_identity_and_center(device):
+    module = build(device, gain_scheme="learn")
     assert set(dict(module.gains.named_parameters())) == {"identity_gain", "center_gain"}
 
 
-def test_training_moves_the_learned_gains_alone():
-    module = build(gain_scheme="learn")
-    x, residual = stream()
+def test_training_moves_the_learned_gains_alone(device):
+    module = build(device, gain_scheme="learn")
+    x, residual = stream(device)
     optimizer = torch.optim.SGD(module.gains.parameters(), lr=0.1)
     module(x, residual).square().sum().backward()
     optimizer.step()
@@ -424,16 +436,16 @@ def test_training_moves_the_learned_gains_alone():
 
 
 @pytest.mark.parametrize("identity_gain", [1.0, (0.5, 2.0)])
-def test_recover_goes_from_shaped_to_plain(identity_gain):
+def test_recover_goes_from_shaped_to_plain(identity_gain, device):
     options = {"is_causal": True, "scale": "standard", "identity_gain": identity_gain}
-    module = build(gain_scheme="recover", **options)
-    x, residual = stream()
-    shaped = build(**options)
+    module = build(device, gain_scheme="recover", **options)
+    x, residual = stream(device)
+    shaped = build(device, **options)
     shaped.load_state_dict(module.state_dict(), strict=False)
     assert_equal(module(x, residual), shaped(x, residual))
 
     anneal_gains(module, 0.25)
-    start = torch.tensor(identity_gain, dtype=torch.float64).expand(2)
+    start = torch.tensor(identity_gain, dtype=torch.float64, device=device).expand(2)
     gains = [0.75 * start, 1.0, 0.75]
     expected = formula(module, x, residual, 1.0, 1.0, scale=12**-0.5, gains=gains)
     assert_equal(module(x, residual), expected)
@@ -452,14 +464,14 @@ def test_recover_goes_from_shaped_to_plain(identity_gain):
     assert_equal(module(x, residual), shaped(x, residual))
 
 
-def test_a_gain_that_recover_starts_at_zero_saves_its_work():
-    gains = build(gain_scheme="recover", identity_gain=0.0, center_gain=0.5).gains()
+def test_a_gain_that_recover_starts_at_zero_saves_its_work(device):
+    gains = build(device, gain_scheme="recover", identity_gain=0.0, center_gain=0.5).gains()
     assert gains["identity_gain"] == 0.0 and isinstance(gains["identity_gain"], float)
     assert gains["center_gain"].item() == 0.5
 
 
-def test_annealing_is_part_of_the_state():
-    module, other = (build(gain_scheme="recover") for _ in range(2))
+def test_annealing_is_part_of_the_state(device):
+    module, other = (build(device, gain_scheme="recover") for _ in range(2))
     anneal_gains(module, 0.5)
     other.load_state_dict(module.state_dict())
     assert other.gains()["center_gain"].item() == 0.5
@@ -467,18 +479,18 @@ def test_annealing_is_part_of_the_state():
     assert other.gains()["center_gain"].item() == 1.0
 
 
-def test_annealing_reaches_all_attentions_of_a_tree():
+def test_annealing_reaches_all_attentions_of_a_tree(device):
     tree = torch.nn.ModuleList(
-        [build(gain_scheme="recover"), build(), build(gain_scheme="recover")]
+        [build(device, gain_scheme="recover"), build(device), build(device, gain_scheme="recover")]
     )
     anneal_gains(tree, 0.5)
     assert [float(part.gains()["identity_gain"]) for part in tree] == [0.5, 1.0, 0.5]
 
 
-def test_annealing_does_not_recompile():
+def test_annealing_does_not_recompile(device):
     torch._dynamo.reset()
-    module = build(gain_scheme="recover", is_causal=True)
-    x, residual = stream()
+    module = build(device, gain_scheme="recover", is_causal=True)
+    x, residual = stream(device)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     compiled(x, residual)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -489,16 +501,16 @@ def test_annealing_does_not_recompile():
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan, math.inf])
-def test_fraction_outside_of_its_range(fraction):
+def test_fraction_outside_of_its_range(fraction, device):
     with pytest.raises(ValueError, match=r"fraction must be (from 0 to 1|finite), got"):
-        anneal_gains(build(gain_scheme="recover"), fraction)
+        anneal_gains(build(device, gain_scheme="recover"), fraction)
 
 
-def test_nothing_to_anneal():
+def test_nothing_to_anneal(device):
     with pytest.raises(ValueError, match='module must contain an attention with gain_scheme="rec'):
-        anneal_gains(build(gain_scheme="learn"), 0.5)
+        anneal_gains(build(device, gain_scheme="learn"), 0.5)
     with pytest.raises(TypeError, match="fraction must be a number"):
-        anneal_gains(build(gain_scheme="recover"), "half")
+        anneal_gains(build(device, gain_scheme="recover"), "half")
 
 
 # The combined matrix
@@ -506,29 +518,29 @@ def test_nothing_to_anneal():
 
 @pytest.mark.parametrize("visibility", VISIBILITY)
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_attention_matrix_equals_the_formula(kv_heads, visibility):
-    options = dict(VISIBILITY[visibility])
-    is_causal = options.pop("is_causal", False)
+def test_attention_matrix_equals_the_formula(kv_heads, visibility, device):
+    is_causal, options = visibility_of(visibility, device)
     gains = (0.9, 1.2, 0.7)
     names = ("identity_gain", "softmax_gain", "center_gain")
     module = build(
+        device,
         4,
         kv_heads=kv_heads,
         is_causal=is_causal,
         scale="standard",
         **dict(zip(names, gains, strict=True)),
     )
-    x, _ = stream()
+    x, _ = stream(device)
     found = module.attention_matrix(x, **options)
     assert found.shape == (BATCH, 4, LENGTH, LENGTH)
     assert_equal(found, matrices(module, x, scale=6**-0.5, gains=gains, **options))
 
 
-def test_attention_matrix_of_many_tokens_is_what_multiplies_the_values():
+def test_attention_matrix_of_many_tokens_is_what_multiplies_the_values(device):
     length = 2 * attention.MATRIX_COLUMNS + 3
-    module = build(1, is_causal=True, scale="standard")
-    x = torch.randn(2, length, WIDTH, dtype=torch.float64)
-    rotary = rotary_table(length, WIDTH, dtype=torch.float64)
+    module = build(device, 1, is_causal=True, scale="standard")
+    x = torch.randn(2, length, WIDTH, dtype=torch.float64).to(device)
+    rotary = rotary_table(length, WIDTH, dtype=torch.float64, device=device)
     found = module.attention_matrix(x, rotary=rotary)
     assert found.shape == (2, 1, length, length)
     out = module(x, rotary=rotary)
@@ -541,14 +553,16 @@ def test_attention_matrix_of_many_tokens_is_what_multiplies_the_values():
 
 
 @pytest.mark.parametrize("out_proj", ["none", "gaussian", "orthogonal"])
-def test_a_stack_equals_its_networks_one_by_one(out_proj):
-    singles = [build(2, kv_heads=1, out_proj=out_proj, is_causal=True) for _ in range(BATCH)]
-    stack = build(2, kv_heads=1, out_proj=out_proj, is_causal=True)
+def test_a_stack_equals_its_networks_one_by_one(out_proj, device):
+    singles = [
+        build(device, 2, kv_heads=1, out_proj=out_proj, is_causal=True) for _ in range(BATCH)
+    ]
+    stack = build(device, 2, kv_heads=1, out_proj=out_proj, is_causal=True)
     for name, part in stack.named_modules():
         if isinstance(part, Projection):
             weights = [single.get_submodule(name).weight for single in singles]
             part.weight = torch.nn.Parameter(torch.stack(weights))
-    x, residual = stream()
+    x, residual = stream(device)
     gains = {"skip_gain": SKIP, "branch_gain": BRANCH}
     out = stack(x, residual, **gains)
     maps = stack.attention_matrix(x)
@@ -564,8 +578,7 @@ def test_a_stack_equals_its_networks_one_by_one(out_proj):
 
 
 @pytest.mark.parametrize("out_proj", ["none", "gaussian"])
-def test_triton_equals_the_reference(out_proj):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def test_triton_equals_the_reference(out_proj, device):
     kernel, reference = (
         ShapedAttention(
             32,
@@ -582,7 +595,7 @@ def test_triton_equals_the_reference(out_proj):
         for impl, dtype in (("triton", torch.float32), ("reference", torch.float64))
     )
     reference.load_state_dict(kernel.state_dict())
-    x, residual = torch.randn(2, 1, 5, 32, device=device)
+    x, residual = torch.randn(2, 1, 5, 32).to(device)
     results = []
     for module, dtype in ((kernel, torch.float32), (reference, torch.float64)):
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (x, residual)]
@@ -652,9 +665,9 @@ def test_argument_errors(error, options, message):
 
 
 @pytest.mark.parametrize("out_proj", ["none", "gaussian"])
-def test_call_errors(out_proj):
-    module = build(out_proj=out_proj)
-    x, residual = stream()
+def test_call_errors(out_proj, device):
+    module = build(device, out_proj=out_proj)
+    x, residual = stream(device)
     with pytest.raises(ValueError, match=rf"x must have shape \(B, T, {WIDTH}\), got shape"):
         module(x[0])
     with pytest.raises(ValueError, match=rf"x must have shape \(B, T, {WIDTH}\), got shape"):
@@ -664,11 +677,13 @@ def test_call_errors(out_proj):
     with pytest.raises(ValueError, match="skip_gain acts on residual, which is None"):
         module(x, skip_gain=0.5)
     with pytest.raises(ValueError, match="rotary must have half as many angles as the head dim"):
-        module(x, residual, rotary=rotary_table(LENGTH, 6))
+        module(x, residual, rotary=rotary_table(LENGTH, 6, device=device))
 
 
-def test_extra_repr():
-    text = repr(build(2, kv_heads=1, out_proj="orthogonal", gain_scheme="learn", is_causal=True))
+def test_extra_repr(device):
+    text = repr(
+        build(device, 2, kv_heads=1, out_proj="orthogonal", gain_scheme="learn", is_causal=True)
+    )
     assert "width=24, heads=2, kv_heads=1, head_dim=12, is_causal=True, scale=0.05893" in text
     assert "(out_proj): Projection(in_features=24, out_features=24, law=orthogonal)" in text
     assert "gain_scheme='learn', identity_gain=1.0 (learned), softmax_gain=1.0, center_" in text
