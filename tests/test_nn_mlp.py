@@ -39,24 +39,24 @@ def count(call):
     return dict(operators.counts)
 
 
-def double(*shape):
-    return torch.randn(shape, dtype=torch.float64)
+def double(device, *shape):
+    return torch.randn(shape, dtype=torch.float64).to(device)
 
 
 # Projection
 
 
 def stacked(projection, networks):
-    weight = double(networks, *projection.weight.shape)
+    weight = double(projection.weight.device, networks, *projection.weight.shape)
     projection.weight = torch.nn.Parameter(weight)
     return projection
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 5), (2, 3, 5)])
 @pytest.mark.parametrize("skip, branch", [(1.0, 1.0), (SKIP, BRANCH), (0.0, -2.0)])
-def test_projection_equals_the_formula(shape, skip, branch):
-    projection = Projection(WIDTH, 7, dtype=torch.float64)
-    x, residual = double(*shape, WIDTH), double(*shape, 7)
+def test_projection_equals_the_formula(shape, skip, branch, device):
+    projection = Projection(WIDTH, 7, dtype=torch.float64).to(device)
+    x, residual = double(device, *shape, WIDTH), double(device, *shape, 7)
     product = x @ projection.weight.T
     assert_equal(projection(x), product)
     assert_equal(projection(x, branch_gain=branch), branch * product)
@@ -65,18 +65,18 @@ def test_projection_equals_the_formula(shape, skip, branch):
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 5)])
-def test_stack_of_projections_equals_the_formula(shape):
-    projection = stacked(Projection(WIDTH, 7), 3)
-    x, residual = double(3, *shape, WIDTH), double(3, *shape, 7)
+def test_stack_of_projections_equals_the_formula(shape, device):
+    projection = stacked(Projection(WIDTH, 7).to(device), 3)
+    x, residual = double(device, 3, *shape, WIDTH), double(device, 3, *shape, 7)
     product = torch.einsum("n...i,noi->n...o", x, projection.weight)
     assert_equal(projection(x), product)
     out = projection(x, residual, SKIP, BRANCH)
     assert_equal(out, SKIP * residual + BRANCH * product)
 
 
-def test_projection_mixes_in_one_operator():
-    projection = Projection(WIDTH, 7, dtype=torch.float64)
-    x, residual = double(3, 5, WIDTH), double(3, 5, 7)
+def test_projection_mixes_in_one_operator(device):
+    projection = Projection(WIDTH, 7, dtype=torch.float64).to(device)
+    x, residual = double(device, 3, 5, WIDTH), double(device, 3, 5, 7)
     assert count(lambda: projection(x, residual, SKIP, BRANCH)) == {"addmm": 1}
     assert count(lambda: projection(x)) == {"mm": 1}
     stacked(projection, 3)
@@ -84,12 +84,14 @@ def test_projection_mixes_in_one_operator():
 
 
 @pytest.mark.parametrize("networks", [None, 3])
-def test_tensor_gains_of_a_projection_get_gradients(networks):
-    projection = Projection(WIDTH, 7, dtype=torch.float64)
+def test_tensor_gains_of_a_projection_get_gradients(networks, device):
+    projection = Projection(WIDTH, 7, dtype=torch.float64).to(device)
     if networks:
         stacked(projection, networks)
-    x, residual = double(3, 5, WIDTH), double(3, 5, 7)
-    skip, branch = (torch.tensor(g, dtype=torch.float64).requires_grad_() for g in (SKIP, BRANCH))
+    x, residual = double(device, 3, 5, WIDTH), double(device, 3, 5, 7)
+    skip, branch = (
+        torch.tensor(g, dtype=torch.float64, device=device).requires_grad_() for g in (SKIP, BRANCH)
+    )
     out = projection(x, residual, skip, branch)
     assert_equal(out, projection(x, residual, SKIP, BRANCH))
     gradients = torch.autograd.grad((out * out.detach()).sum(), (skip, branch))
@@ -98,29 +100,31 @@ def test_tensor_gains_of_a_projection_get_gradients(networks):
 
 
 @pytest.mark.parametrize("branch", [BRANCH, torch.tensor(BRANCH)])
-def test_projection_keeps_a_wider_residual(branch):
-    projection = Projection(WIDTH, 7, dtype=torch.bfloat16)
-    x, residual = torch.randn(5, WIDTH).bfloat16(), torch.randn(5, 7)
+def test_projection_keeps_a_wider_residual(branch, device):
+    projection = Projection(WIDTH, 7, dtype=torch.bfloat16).to(device)
+    if isinstance(branch, torch.Tensor):
+        branch = branch.to(device)
+    x, residual = torch.randn(5, WIDTH).to(device).bfloat16(), torch.randn(5, 7).to(device)
     out = projection(x, residual, SKIP, branch)
     assert out.dtype == torch.float32
     # The product is the only thing that is rounded to bfloat16.
     expected = SKIP * residual + BRANCH * projection(x).float()
     assert_equal(out, expected, sums=4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         under_autocast = projection(x.float(), residual, SKIP, branch)
     assert torch.equal(under_autocast, out)
 
 
-def test_projection_errors():
-    projection = Projection(WIDTH, 7)
-    x = torch.randn(5, WIDTH)
+def test_projection_errors(device):
+    projection = Projection(WIDTH, 7).to(device)
+    x = torch.randn(5, WIDTH).to(device)
     with pytest.raises(ValueError, match=r"residual must have the shape of the result, \(5, 7\)"):
-        projection(x, torch.randn(7))
+        projection(x, torch.randn(7).to(device))
     with pytest.raises(ValueError, match="skip_gain acts on residual, which is None"):
         projection(x, skip_gain=2.0)
     stacked(projection, 3)
     with pytest.raises(ValueError, match=r"x must have shape \(networks, ..., in\) with netw.* 3"):
-        projection(double(2, 5, WIDTH))
+        projection(double(device, 2, 5, WIDTH))
 
 
 def test_projection_repr():
@@ -135,35 +139,35 @@ def test_projection_repr():
 
 @pytest.mark.parametrize("s_minus", [1.0, 0.75, 0.0, -0.5])
 @pytest.mark.parametrize("s_plus", [1.0, 1.25, 0.0, -0.5])
-def test_shaped_relu_equals_the_formula(s_plus, s_minus):
-    x = double(101)
+def test_shaped_relu_equals_the_formula(s_plus, s_minus, device):
+    x = double(device, 101)
     x[0] = 0.0
     expected = s_plus * x.clamp(min=0) + s_minus * x.clamp(max=0)
-    slopes = [torch.tensor(s, dtype=torch.float64) for s in (s_plus, s_minus)]
+    slopes = [torch.tensor(s, dtype=torch.float64, device=device) for s in (s_plus, s_minus)]
     assert_equal(shaped_relu(x, s_plus, s_minus), expected, sums=3)
     assert_equal(shaped_relu(x, *slopes), expected, sums=3)
 
 
 @pytest.mark.parametrize("is_tensor", [False, True])
-def test_shaped_relu_has_the_slopes_as_derivative(is_tensor):
-    x = torch.tensor([-2.0, 0.0, 3.0], requires_grad=True)
-    slopes = (torch.tensor(1.5), torch.tensor(0.25)) if is_tensor else (1.5, 0.25)
+def test_shaped_relu_has_the_slopes_as_derivative(is_tensor, device):
+    x = torch.tensor([-2.0, 0.0, 3.0], device=device, requires_grad=True)
+    slopes = torch.tensor([1.5, 0.25], device=device).unbind() if is_tensor else (1.5, 0.25)
     (gradient,) = torch.autograd.grad(shaped_relu(x, *slopes).sum(), x)
     assert gradient.tolist() == [0.25, 0.25, 1.5]
 
 
-def test_shaped_relu_of_fixed_slopes_is_one_operator():
-    x = torch.randn(5)
+def test_shaped_relu_of_fixed_slopes_is_one_operator(device):
+    x = torch.randn(5).to(device)
     assert count(lambda: shaped_relu(x, 1.0, 0.9)) == {"leaky_relu": 1}
     assert count(lambda: shaped_relu(x, 1.1, 0.9)) == {"leaky_relu": 1, "mul": 1}
 
 
 @pytest.mark.parametrize("is_tensor", [False, True])
-def test_shaped_relu_does_not_round_the_slopes(is_tensor):
+def test_shaped_relu_does_not_round_the_slopes(is_tensor, device):
     """Their distance from 1 is what shapes, and bfloat16 has three digits."""
     slopes = (1.0, 1.0 - 1 / math.sqrt(768))
-    x = -(1 + torch.rand(100_000)).bfloat16()
-    given = [torch.tensor(s) for s in slopes] if is_tensor else slopes
+    x = -(1 + torch.rand(100_000).to(device)).bfloat16()
+    given = torch.tensor(slopes, device=device).unbind() if is_tensor else slopes
     out = shaped_relu(x, *given)
     assert out.dtype == torch.bfloat16
     ratio = out.double() / x.double()
@@ -178,9 +182,9 @@ def test_shaped_relu_does_not_round_the_slopes(is_tensor):
 
 @pytest.mark.parametrize("mlp_ratio", [1.0, 4, 0.5])
 @pytest.mark.parametrize("activation", [None, torch.nn.Tanh()])
-def test_plain_mlp_equals_the_formula(activation, mlp_ratio):
-    mlp = MLP(WIDTH, mlp_ratio, activation=activation, dtype=torch.float64)
-    x, residual = double(2, 3, 5, WIDTH)
+def test_plain_mlp_equals_the_formula(activation, mlp_ratio, device):
+    mlp = MLP(WIDTH, mlp_ratio, activation=activation, dtype=torch.float64).to(device)
+    x, residual = double(device, 2, 3, 5, WIDTH)
     hidden = x @ mlp.pre.weight.T
     expected = (hidden if activation is None else hidden.tanh()) @ mlp.post.weight.T
     sums = WIDTH + mlp.hidden_width
@@ -214,13 +218,13 @@ def formula(mlp, x, residual, skip, branch, c_plus, c_minus):
 @pytest.mark.parametrize("trainable_slopes", [False, True])
 @pytest.mark.parametrize("c_plus, c_minus", [(0.0, -1.0), (0.5, -2.0), (-1.0, 1.0), (0.0, 0.0)])
 @pytest.mark.parametrize("mlp_ratio", [1.0, 4, 0.5, 5 / 3])
-def test_equals_the_formula(mlp_ratio, c_plus, c_minus, trainable_slopes):
+def test_equals_the_formula(mlp_ratio, c_plus, c_minus, trainable_slopes, device):
     """The slopes depend on the width, also where the hidden width is another."""
     options = {"c_plus": c_plus, "c_minus": c_minus, "trainable_slopes": trainable_slopes}
-    mlp = ShapedMLP(WIDTH, mlp_ratio, dtype=torch.float64, **options)
+    mlp = ShapedMLP(WIDTH, mlp_ratio, dtype=torch.float64, **options).to(device)
     hidden = round(mlp_ratio * WIDTH)
     assert mlp.pre.weight.shape == (hidden, WIDTH) and mlp.post.weight.shape == (WIDTH, hidden)
-    x, residual = double(2, 3, 5, WIDTH)
+    x, residual = double(device, 2, 3, 5, WIDTH)
     out = mlp(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
     expected = formula(mlp, x, residual, SKIP, BRANCH, c_plus, c_minus)
     assert_equal(out, expected, sums=WIDTH + hidden)
@@ -231,17 +235,19 @@ def test_equals_the_formula(mlp_ratio, c_plus, c_minus, trainable_slopes):
 
 
 @pytest.mark.parametrize("trainable_slopes", [False, True])
-def test_gradients_equal_those_of_the_formula(trainable_slopes):
+def test_gradients_equal_those_of_the_formula(trainable_slopes, device):
     """c_n follows the slopes that are trained."""
-    mlp = ShapedMLP(WIDTH, 2, c_plus=0.5, trainable_slopes=trainable_slopes, dtype=torch.float64)
-    x, residual = (x.requires_grad_() for x in double(2, 5, WIDTH))
+    mlp = ShapedMLP(
+        WIDTH, 2, c_plus=0.5, trainable_slopes=trainable_slopes, dtype=torch.float64
+    ).to(device)
+    x, residual = (x.requires_grad_() for x in double(device, 2, 5, WIDTH))
     leaves = {"x": x, "residual": residual, **dict(mlp.named_parameters())}
     assert set(leaves) - {"x", "residual", "pre.weight", "post.weight"} == (
         {"c_plus", "c_minus"} if trainable_slopes else set()
     )
     out = mlp(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
     expected = formula(mlp, x, residual, SKIP, BRANCH, mlp.c_plus, mlp.c_minus)
-    d_out = double(5, WIDTH)
+    d_out = double(device, 5, WIDTH)
     actual = torch.autograd.grad((out * d_out).sum(), list(leaves.values()))
     wanted = torch.autograd.grad((expected * d_out).sum(), list(leaves.values()))
     for name, found, gradient in zip(leaves, actual, wanted, strict=True):
@@ -251,29 +257,29 @@ def test_gradients_equal_those_of_the_formula(trainable_slopes):
         assert_equal(found, gradient, sums=3 * WIDTH if gradient.ndim else 5 * 2 * WIDTH)
 
 
-def test_fixed_slopes_are_mixed_in_the_last_product():
-    mlp = ShapedMLP(WIDTH, dtype=torch.float64)
-    x, residual = double(2, 5, WIDTH)
+def test_fixed_slopes_are_mixed_in_the_last_product(device):
+    mlp = ShapedMLP(WIDTH, dtype=torch.float64).to(device)
+    x, residual = double(device, 2, 5, WIDTH)
     operators = count(lambda: mlp(x, residual, skip_gain=SKIP, branch_gain=BRANCH))
     assert operators == {"mm": 1, "leaky_relu": 1, "addmm": 1}
 
 
-def test_output_scale_keeps_the_mean_square():
+def test_output_scale_keeps_the_mean_square(device):
     """c_n E[sigma_s(g)^2] = 1 for g ~ N(0, 1), whatever the slopes."""
-    g = torch.randn(200_000, dtype=torch.float64)
+    g = torch.randn(200_000, dtype=torch.float64).to(device)
     for c_plus, c_minus in ((0.0, -1.0), (2.0, -3.0)):
-        mlp = ShapedMLP(16, c_plus=c_plus, c_minus=c_minus)
+        mlp = ShapedMLP(16, c_plus=c_plus, c_minus=c_minus).to(device)
         square = (mlp.output_scale() * shaped_relu(g, *mlp.slopes())).square()
         assert (square.mean() - 1).abs() <= 4 * square.std() / math.sqrt(g.numel())
 
 
-def test_a_stack_equals_its_networks_one_by_one():
-    singles = [ShapedMLP(WIDTH, 2, dtype=torch.float64) for _ in range(3)]
-    stack = ShapedMLP(WIDTH, 2, dtype=torch.float64)
+def test_a_stack_equals_its_networks_one_by_one(device):
+    singles = [ShapedMLP(WIDTH, 2, dtype=torch.float64).to(device) for _ in range(3)]
+    stack = ShapedMLP(WIDTH, 2, dtype=torch.float64).to(device)
     for name in ("pre", "post"):
         weights = [getattr(single, name).weight for single in singles]
         getattr(stack, name).weight = torch.nn.Parameter(torch.stack(weights))
-    x, residual = double(2, 3, 5, WIDTH)
+    x, residual = double(device, 2, 3, 5, WIDTH)
     out = stack(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
     for i, single in enumerate(singles):
         expected = single(x[i], residual[i], skip_gain=SKIP, branch_gain=BRANCH)
@@ -282,10 +288,10 @@ def test_a_stack_equals_its_networks_one_by_one():
 
 
 @pytest.mark.parametrize("trainable_slopes", [False, True])
-def test_autocast_keeps_the_residual_wide(trainable_slopes):
-    mlp = ShapedMLP(WIDTH, trainable_slopes=trainable_slopes)
-    x, residual = torch.randn(2, 5, WIDTH)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_keeps_the_residual_wide(trainable_slopes, device):
+    mlp = ShapedMLP(WIDTH, trainable_slopes=trainable_slopes).to(device)
+    x, residual = torch.randn(2, 5, WIDTH).to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         out = mlp(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
         skip = mlp(0 * x, residual, skip_gain=SKIP, branch_gain=BRANCH)
     assert out.dtype == torch.float32
