@@ -274,7 +274,7 @@ def _attention_backward(
         d_prior = grads[6]
         # A table that the heads share; a gradient of the composite has its shape already.
         d_prior = d_prior if d_prior.shape == prior.shape else d_prior.sum(0, keepdim=True)
-        grads = (*grads[:6], d_prior.to(prior.dtype))
+        grads = (*grads[:6], d_prior.to(prior.dtype).contiguous())
     absent = (q.new_empty(0), *(q.new_empty(0, dtype=torch.float32) for _ in range(3)))
     return (
         *grads[:3],

@@ -93,6 +93,28 @@ def test_opcheck_of_head_dims_that_are_padded(is_masked, device):
     torch.library.opcheck(OP, (q, k, v), {"attn_mask": mask})
 
 
+@pytest.mark.parametrize("name", ["defaults", "mask", "geometric_prior"])
+def test_the_fake_of_the_backward_has_its_strides(name, device):
+    """Compiled code relies on them: of a learned prior they once were those of a transpose."""
+    tensors, options = OPCHECK_CALLS[name]
+    tensors = {name: make(device).detach() for name, make in tensors.items()}
+    q, k, v = draw(device)
+    out, lse, *saved = OP(q, k, v, **tensors, **options)
+    torch.library.opcheck(
+        torch.ops.shaped_attn.attention_backward.default,
+        (torch.ones_like(out), torch.ones_like(lse), q, k, v),
+        {
+            **tensors,
+            **options,
+            **dict(zip(("excess", "center", "row_stats"), saved, strict=True)),
+            "needs_gains": True,
+            "needs_scale": True,
+            "needs_prior": "prior" in tensors,
+        },
+        test_utils="test_faketensor",
+    )
+
+
 def attend(q, k, v, softmax_gain, scale):
     return shaped_attention(
         q, k, v, q, softmax_gain=softmax_gain, scale=scale, is_causal=True, impl="triton"
