@@ -91,6 +91,18 @@ def test_a_wrong_gradient_exceeds_its_budget_alone():
     assert [m.quantity for m in report.failures] == ["grad v"]
 
 
+@pytest.mark.parametrize("name", fidelity.GAIN_NAMES)
+def test_a_gradient_of_a_gain_off_by_a_percent_exceeds_its_budget_alone(name):
+    def lacks_a_percent(*args, **kwargs):
+        if isinstance(kwargs.get(name), torch.Tensor):
+            kwargs[name] = 0.99 * kwargs[name] + 0.01 * kwargs[name].detach()
+        return shaped_attention(*args, **kwargs)
+
+    options = {"dtypes": ["fp32"], "logit_stds": (1.0,), "regimes": ["plain"]}
+    report = fidelity.measure(["torch"], attention=lacks_a_percent, **options, **SMALL)
+    assert [m.quantity for m in report.failures] == [f"grad {name}"]
+
+
 def test_a_report_is_reproducible_and_becomes_json():
     options = {"dtypes": ["fp16"], "logit_stds": (1.0,), "regimes": ["plain"], **SMALL}
     first, again, other = (fidelity.measure(["torch"], seed=seed, **options) for seed in (1, 1, 2))
