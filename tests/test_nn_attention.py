@@ -21,7 +21,12 @@ from shaped_attn.nn import (
     rotary_table,
 )
 from shaped_attn.priors import ESPA, USPA, prior_matrix
-from shaped_attn.testing import relative_error, rounding_error
+from shaped_attn.testing import (
+    assert_within_spread,
+    relative_error,
+    rounding_error,
+    rounding_spread,
+)
 
 BATCH, LENGTH, WIDTH = 3, 7, 24
 SKIP, BRANCH = 0.8, 0.6
@@ -596,16 +601,18 @@ def test_triton_equals_the_reference(out_proj, device):
     )
     reference.load_state_dict(kernel.state_dict())
     x, residual = torch.randn(2, 1, 5, 32).to(device)
-    results = []
-    for module, dtype in ((kernel, torch.float32), (reference, torch.float64)):
-        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (x, residual)]
-        out = module(*inputs, skip_gain=SKIP, branch_gain=BRANCH)
-        leaves = [*inputs, *module.parameters()]
-        gradients = torch.autograd.grad(out.square().sum(), leaves)
-        results.append([out.detach(), *gradients])
-    sums = 4 * 32 + 5
-    for found, expected in zip(*results, strict=True):
-        assert relative_error(found, expected) <= 3 * sums * rounding_error(torch.float32)
+
+    def run(module, dtype):
+        leaves = {"x": x, "residual": residual}
+        leaves = {n: t.to(dtype, copy=True).requires_grad_() for n, t in leaves.items()}
+        out = module(*leaves.values(), skip_gain=SKIP, branch_gain=BRANCH)
+        leaves |= dict(module.named_parameters())
+        gradients = torch.autograd.grad(out.square().sum(), list(leaves.values()))
+        return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    golden, spread = rounding_spread(lambda: run(reference, torch.float64), torch.float32)
+    for name, found in run(kernel, torch.float32).items():
+        assert_within_spread(found, golden[name], spread[name], name=name)
     # More columns than tokens: the kernels take 64 at once.
     sums = 32 + 16 + 5
     maps = kernel.attention_matrix(x).double(), reference.attention_matrix(x.double())
