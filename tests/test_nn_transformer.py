@@ -39,8 +39,8 @@ def assert_equal(actual, expected, *, depth=1):
     assert relative_error(actual, expected) <= sums * rounding_error(actual.dtype)
 
 
-def double(*shape):
-    return torch.randn(shape, dtype=torch.float64)
+def double(device, *shape):
+    return torch.randn(shape, dtype=torch.float64).to(device)
 
 
 def make_stack(module, networks):
@@ -57,7 +57,7 @@ def make_stack(module, networks):
 
 @pytest.mark.parametrize("norm", [None, "rms", "layer"])
 @pytest.mark.parametrize("halves", ["both", "attention", "mlp"])
-def test_block_is_its_two_halves(halves, norm):
+def test_block_is_its_two_halves(halves, norm, device):
     block = ShapedBlock(
         WIDTH,
         2,
@@ -66,11 +66,12 @@ def test_block_is_its_two_halves(halves, norm):
         mlp=halves != "attention",
         norm=norm,
         is_causal=True,
+        impl="torch",
         mlp_ratio=2,
         dtype=torch.float64,
-    )
-    x = double(3, 5, WIDTH)
-    key_start = torch.tensor([0, 2, 4])
+    ).to(device)
+    x = double(device, 3, 5, WIDTH)
+    key_start = torch.tensor([0, 2, 4], device=device)
 
     def read(x):
         if norm == "rms":
@@ -142,12 +143,14 @@ def test_skip_gain_keeps_the_variance(branch_gain):
     assert given.skip_gain == block.skip_gain
 
 
-def test_variance_may_be_broken_on_demand():
+def test_variance_may_be_broken_on_demand(device):
     skip_gain = math.sqrt(0.75 + 1 / WIDTH)
     with pytest.raises(ValueError, match=r"skip_gain must satisfy skip_gain\^2 \+ branch_gain\^2"):
         ShapedBlock(WIDTH, skip_gain=skip_gain)
-    block = ShapedBlock(WIDTH, skip_gain=skip_gain, preserves_variance=False, attention=False)
-    x = double(2, 3, WIDTH).float()
+    block = ShapedBlock(WIDTH, skip_gain=skip_gain, preserves_variance=False, attention=False).to(
+        device
+    )
+    x = double(device, 2, 3, WIDTH).float()
     assert_equal(block(x), skip_gain * x + 0.5 * block.mlp(x))
 
 
@@ -172,7 +175,9 @@ def test_block_argument_errors(error, options, message):
 def assert_rounded_in_its_branches(block, x, out):
     """A float32 stream: bfloat16 concerns nothing but what the branches add to it."""
     assert out.dtype == torch.float32
-    golden = copy.deepcopy(block).double()(x.double())
+    golden = copy.deepcopy(block).double()
+    golden.attention.impl = "reference"
+    golden = golden(x.double())
     share = relative_error(block.skip_gain**2 * x, golden)  # of the branches in the result
     # Input, norm, q or k or v, attention, W_O; of the MLP one less. Weights under autocast.
     roundings = 2 * 5
@@ -183,27 +188,27 @@ def assert_rounded_in_its_branches(block, x, out):
 
 @pytest.mark.parametrize("norm", [None, "rms", "layer"])
 @pytest.mark.parametrize("out_proj", ["none", "gaussian"])
-def test_stream_of_a_block_may_be_wider_than_its_weights(out_proj, norm):
-    block = ShapedBlock(WIDTH, 2, out_proj=out_proj, norm=norm, dtype=torch.bfloat16)
-    x = torch.randn(2, 5, WIDTH)
+def test_stream_of_a_block_may_be_wider_than_its_weights(out_proj, norm, device):
+    block = ShapedBlock(WIDTH, 2, out_proj=out_proj, norm=norm, dtype=torch.bfloat16).to(device)
+    x = torch.randn(2, 5, WIDTH).to(device)
     assert_rounded_in_its_branches(block, x, block(x))
     assert block(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("norm", [None, "rms", "layer"])
-def test_autocast_keeps_the_stream_wide(norm):
-    block = ShapedBlock(WIDTH, 2, out_proj="gaussian", norm=norm, gain_scheme="learn")
-    x = torch.randn(2, 5, WIDTH, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_keeps_the_stream_wide(norm, device):
+    block = ShapedBlock(WIDTH, 2, out_proj="gaussian", norm=norm, gain_scheme="learn").to(device)
+    x = torch.randn(2, 5, WIDTH).to(device).requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         out = block(x)
     assert_rounded_in_its_branches(block, x, out)
     out.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in block.parameters())
 
 
-def test_narrow_stream_takes_the_dtype_of_the_weights():
-    block = ShapedBlock(WIDTH, 2)
-    x = torch.randn(2, 5, WIDTH).bfloat16()
+def test_narrow_stream_takes_the_dtype_of_the_weights(device):
+    block = ShapedBlock(WIDTH, 2).to(device)
+    x = torch.randn(2, 5, WIDTH).to(device).bfloat16()
     assert torch.equal(block(x), block(x.float()))
 
 
@@ -215,10 +220,10 @@ def test_narrow_stream_takes_the_dtype_of_the_weights():
     ],
     ids=["causal", "full"],
 )
-def test_block_compiles_to_one_graph(options):
+def test_block_compiles_to_one_graph(options, device):
     torch._dynamo.reset()
-    block = ShapedBlock(WIDTH, 2, dtype=torch.float64, **options)
-    x = double(2, 5, WIDTH)
+    block = ShapedBlock(WIDTH, 2, impl="torch", dtype=torch.float64, **options).to(device)
+    x = double(device, 2, 5, WIDTH)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     out, expected = compiled(x), block(x)
     assert_equal(out, expected)
@@ -280,7 +285,7 @@ def test_orthogonal_law_of_a_rectangle(shape):
         assert (weight @ weight.mT - torch.eye(4)).abs().max() <= rounding
     else:  # x W^T has three times as many elements as x, and the mean square of x
         assert (weight.mT @ weight - 3 * torch.eye(4)).abs().max() <= 3 * rounding
-        x = double(*shape[:-2], 5, 4)
+        x = double("cpu", *shape[:-2], 5, 4)
         out = x @ weight.mT
         ratio = out.square().mean(-1) / x.square().mean(-1)
         assert (ratio - 1).abs().max() <= 2 * rounding
@@ -363,14 +368,14 @@ def test_reset_parameters_is_reproducible(options):
 
 
 @pytest.mark.parametrize("options", EVERYTHING)
-def test_model_from_the_meta_device(options):
+def test_model_from_the_meta_device(options, device):
     model = ShapedTransformer(config(**options), device="meta")
     assert all(x.is_meta for x in (*model.parameters(), *model.buffers()))
-    model = model.to_empty(device="cpu")
-    model.reset_parameters(torch.Generator().manual_seed(0))
-    expected = ShapedTransformer(config(**options))
-    expected.reset_parameters(torch.Generator().manual_seed(0))
-    tokens = torch.randint(11, (2, 6))
+    model = model.to_empty(device=device)
+    model.reset_parameters(torch.Generator(device).manual_seed(0))
+    expected = ShapedTransformer(config(**options), device=device)
+    expected.reset_parameters(torch.Generator(device).manual_seed(0))
+    tokens = torch.randint(11, (2, 6)).to(device)
     assert torch.equal(model(tokens).logits, expected(tokens).logits)
 
 
@@ -380,37 +385,37 @@ def test_laws_reach_blocks_in_modules_of_others():
     assert set(initializers(tree)) == names
 
 
-def test_a_stack_of_blocks_equals_its_networks_one_by_one():
-    options = {"out_proj": "orthogonal", "mlp_ratio": 2, "dtype": torch.float64}
-    stack = make_stack(ShapedBlock(WIDTH, 2, **options), 3)
-    x = double(3, 5, WIDTH)
+def test_a_stack_of_blocks_equals_its_networks_one_by_one(device):
+    options = {"out_proj": "orthogonal", "mlp_ratio": 2, "impl": "torch", "dtype": torch.float64}
+    stack = make_stack(ShapedBlock(WIDTH, 2, **options), 3).to(device)
+    x = double(device, 3, 5, WIDTH)
     out = stack(x)
     for i in range(3):
-        single = ShapedBlock(WIDTH, 2, **options)
+        single = ShapedBlock(WIDTH, 2, **options).to(device)
         single.load_state_dict({name: w[i] for name, w in stack.state_dict().items()})
         assert_equal(out[i : i + 1], single(x[i : i + 1]))
 
 
 @pytest.mark.parametrize("batch, length", [(2, 0), (0, 3), (0, 0)])
-def test_empty_streams(batch, length):
+def test_empty_streams(batch, length, device):
     for block in (
-        ShapedBlock(WIDTH, 2),
-        ShapedBlock(WIDTH, 2, out_proj="gaussian", norm="rms", trainable_slopes=True),
+        ShapedBlock(WIDTH, 2).to(device),
+        ShapedBlock(WIDTH, 2, out_proj="gaussian", norm="rms", trainable_slopes=True).to(device),
     ):
-        x = torch.empty(batch, length, WIDTH)
+        x = torch.empty(batch, length, WIDTH, device=device)
         assert block(x).shape == x.shape
         maps = block.attention.attention_matrix(x)
         assert maps.shape == (batch, 2, length, length)
 
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])
-def test_blocks_keep_the_mean_variance(half):
+def test_blocks_keep_the_mean_variance(half, device):
     """E[V'_11] = V_11 of the MLP half; of the attention half at small logits."""
     networks, width = 300, 32
-    halves = {"attention": half == "attention", "mlp": half == "mlp"}
-    block = ShapedBlock(width, 2, branch_gain=1.0, tau0=1e6, dtype=torch.float64, **halves)
-    make_stack(block, networks)
-    x = torch.linalg.qr(double(networks, width, 4)).Q.mT * math.sqrt(width)
+    options = {"attention": half == "attention", "mlp": half == "mlp", "impl": "torch"}
+    block = ShapedBlock(width, 2, branch_gain=1.0, tau0=1e6, dtype=torch.float64, **options)
+    block = make_stack(block, networks).to(device)
+    x = torch.linalg.qr(double(device, networks, width, 4)).Q.mT * math.sqrt(width)
     with torch.no_grad():
         variance = block(x).square().mean(-1)
     standard_error = variance.std() / math.sqrt(variance.numel())
@@ -554,13 +559,15 @@ def test_config_keys():
 # The model
 
 
-def build(dtype=torch.float64, **options):
-    return ShapedTransformer(config(**options), dtype=dtype)
+def build(device, dtype=torch.float64, **options):
+    """In float64 by the composite, also on a GPU, whose kernels have no float64."""
+    impl = "torch" if dtype == torch.float64 else "auto"
+    return ShapedTransformer(config(**{"impl": impl, **options}), dtype=dtype).to(device)
 
 
-def test_model_is_embedding_blocks_norm_and_head():
-    model = build(positions="learned", norm="rms", final_norm="layer", out_proj="gaussian")
-    tokens = torch.randint(11, (3, 5))
+def test_model_is_embedding_blocks_norm_and_head(device):
+    model = build(device, positions="learned", norm="rms", final_norm="layer", out_proj="gaussian")
+    tokens = torch.randint(11, (3, 5)).to(device)
     x = (model.embedding.weight[tokens] + model.position_embedding.weight[:5]) / math.sqrt(2)
     for block in model.blocks:
         x = block(x)
@@ -572,61 +579,61 @@ def test_model_is_embedding_blocks_norm_and_head():
 
 
 @pytest.mark.parametrize("kind, head", [("decoder", "causal_lm"), ("encoder", "masked_lm")])
-def test_tied_head(kind, head):
-    model = build(kind=kind, head=head, tie_embeddings=True)
-    tokens = torch.randint(11, (3, 5))
+def test_tied_head(kind, head, device):
+    model = build(device, kind=kind, head=head, tie_embeddings=True)
+    tokens = torch.randint(11, (3, 5)).to(device)
     out = model(tokens)
     expected = out.hidden_states @ model.embedding.weight.T / math.sqrt(WIDTH)
     assert_equal(out.logits, expected)
     assert model.head is None
     assert [name for name in model.state_dict() if "embedding" in name] == ["embedding.weight"]
-    untied = build(kind=kind, head=head)
+    untied = build(device, kind=kind, head=head)
     assert set(untied.state_dict()) - set(model.state_dict()) == {"head.weight"}
 
 
-def test_head_sizes():
-    tokens = torch.randint(11, (3, 5))
-    out = build(head="token_classification", num_labels=4)(tokens)
+def test_head_sizes(device):
+    tokens = torch.randint(11, (3, 5)).to(device)
+    out = build(device, head="token_classification", num_labels=4)(tokens)
     assert out.logits.shape == (3, 5, 4)
-    out = build(head=None)(tokens)
+    out = build(device, head=None)(tokens)
     assert out.hidden_states.shape == (3, 5, WIDTH) and out.logits is None and out.loss is None
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary", "none"])
-def test_stream_starts_at_variance_one(positions):
+def test_stream_starts_at_variance_one(positions, device):
     """V_ii = |x_i|^2 / width: its mean over tokens, within four standard errors."""
     options = {"vocab_size": 500, "width": 64, "positions": positions, "max_length": 500}
-    model = build(**options, depth=1)
+    model = build(device, **options, depth=1)
     inputs = []
     model.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    model(torch.randperm(500)[None])
+    model(torch.randperm(500).to(device)[None])
     variance = inputs[0].square().mean(-1)
     assert (variance.mean() - 1).abs() <= 4 * math.sqrt(2 / 64 / 500)
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_logits_start_at_variance_one(tie_embeddings):
+def test_logits_start_at_variance_one(tie_embeddings, device):
     """Of a stream that does not know the embeddings, so that tied is as untied."""
     options = {"vocab_size": 400, "width": 64, "depth": 1, "tie_embeddings": tie_embeddings}
-    model = build(**options, final_norm="rms")
-    model.blocks[0].register_forward_hook(lambda *_: double(1, 50, 64))
-    logits = model(torch.randint(400, (1, 50))).logits
+    model = build(device, **options, final_norm="rms")
+    model.blocks[0].register_forward_hook(lambda *_: double(device, 1, 50, 64))
+    logits = model(torch.randint(400, (1, 50)).to(device)).logits
     # Each column is a weight of the law times unit-variance rows: 400 of them, of 64 elements.
     assert (logits.square().mean() - 1).abs() <= 4 * math.sqrt(2 / 64 / 400 + 2 / 50 / 400)
 
 
 @pytest.mark.parametrize("gain_scheme", ["fixed", "learn", "recover"])
 @pytest.mark.parametrize("positions", ["learned", "rotary", "none"])
-def test_decoder_does_not_see_later_tokens(positions, gain_scheme):
+def test_decoder_does_not_see_later_tokens(positions, gain_scheme, device):
     options = {"positions": positions, "gain_scheme": gain_scheme, "tau0": 0.1}
-    decoder = build(**options)
-    tokens = torch.randint(11, (2, 9))
+    decoder = build(device, **options)
+    tokens = torch.randint(11, (2, 9)).to(device)
     later = tokens.clone()
     later[:, 6:] = (later[:, 6:] + 1) % 11
     before, after = decoder(tokens).logits, decoder(later).logits
     assert_equal(after[:, :6], before[:, :6], depth=2)
     assert relative_error(after[:, 6:], before[:, 6:]) > 0.1
-    encoder = build(kind="encoder", head="masked_lm", **options)
+    encoder = build(device, kind="encoder", head="masked_lm", **options)
     encoder.load_state_dict(decoder.state_dict())
     before, after = encoder(tokens).logits, encoder(later).logits
     assert relative_error(after[:, :6], before[:, :6]) > 1e-3
@@ -635,19 +642,19 @@ def test_decoder_does_not_see_later_tokens(positions, gain_scheme):
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 @pytest.mark.parametrize("positions", ["learned", "rotary", "none"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(side, positions, kind):
-    model = build(kind=kind, head="token_classification", positions=positions, tau0=0.1)
+def test_padding_changes_nothing(side, positions, kind, device):
+    model = build(device, kind=kind, head="token_classification", positions=positions, tau0=0.1)
     lengths = (9, 4, 6)
-    texts = [torch.randint(11, (1, length)) for length in lengths]
-    padded = torch.randint(11, (3, 9))  # padding may be any token
+    texts = [torch.randint(11, (1, length)).to(device) for length in lengths]
+    padded = torch.randint(11, (3, 9)).to(device)  # padding may be any token
     options = {}
     for b, text in enumerate(texts):
         rows = slice(9 - lengths[b], 9) if side == "left" else slice(lengths[b])
         padded[b, rows] = text[0]
     if side == "left":
-        options["key_start"] = 9 - torch.tensor(lengths)
+        options["key_start"] = 9 - torch.tensor(lengths, device=device)
     else:
-        options["key_end"] = torch.tensor(lengths)
+        options["key_end"] = torch.tensor(lengths, device=device)
     logits = model(padded, **options).logits
     for b, text in enumerate(texts):
         rows = slice(9 - lengths[b], 9) if side == "left" else slice(lengths[b])
@@ -657,24 +664,24 @@ def test_padding_changes_nothing(side, positions, kind):
         assert relative_error(ignored[1], logits[1]) > 1e-3
 
 
-def test_positions_are_seen():
+def test_positions_are_seen(device):
     """One token everywhere: a decoder without positions cannot tell them apart."""
-    tokens = torch.full((1, 6), 3)
+    tokens = torch.full((1, 6), 3, device=device)
     for positions, differs in (("learned", True), ("none", False)):
-        logits = build(positions=positions, tau0=0.1)(tokens).logits
+        logits = build(device, positions=positions, tau0=0.1)(tokens).logits
         assert (relative_error(logits[:, 1:], logits[:, :-1]) > 1e-3) == differs
     # Rotary positions act between tokens.
-    model = build(positions="rotary", tau0=0.01, kind="encoder", head=None)
-    tokens = torch.tensor([[1, 2, 3, 4]])
+    model = build(device, positions="rotary", tau0=0.01, kind="encoder", head=None)
+    tokens = torch.tensor([[1, 2, 3, 4]], device=device)
     hidden, swapped = (model(t).hidden_states for t in (tokens, tokens.flip(1)))
     assert relative_error(swapped.flip(1), hidden) > 1e-3
 
 
-def test_attention_mask_hides_keys():
-    model = build(kind="encoder", head="masked_lm", positions="learned", tau0=0.1)
-    tokens = torch.randint(11, (2, 7))
-    mask = torch.ones(7, 7).tril().bool()
-    decoder = build(positions="learned", tau0=0.1)
+def test_attention_mask_hides_keys(device):
+    model = build(device, kind="encoder", head="masked_lm", positions="learned", tau0=0.1)
+    tokens = torch.randint(11, (2, 7)).to(device)
+    mask = torch.ones(7, 7, device=device).tril().bool()
+    decoder = build(device, positions="learned", tau0=0.1)
     decoder.load_state_dict(model.state_dict())
     assert_equal(model(tokens, attn_mask=mask).logits, decoder(tokens).logits, depth=2)
 
@@ -700,10 +707,10 @@ def written_out_loss(logits, labels):
         ("decoder", "token_classification"),
     ],
 )
-def test_loss(kind, head):
-    model = build(kind=kind, head=head, num_labels=11)
-    tokens, labels = torch.randint(11, (2, 3, 6))
-    labels[torch.rand(3, 6) < 0.3] = -100
+def test_loss(kind, head, device):
+    model = build(device, kind=kind, head=head, num_labels=11)
+    tokens, labels = torch.randint(11, (2, 3, 6)).to(device)
+    labels[torch.rand(3, 6).to(device) < 0.3] = -100
     out = model(tokens, labels)
     if head == "causal_lm":
         expected = written_out_loss(out.logits[:, :-1], labels[:, 1:])
@@ -713,28 +720,28 @@ def test_loss(kind, head):
     assert torch.equal(model(tokens, labels.int()).loss, out.loss)
 
 
-def test_loss_without_any_label_is_zero():
-    model = build(kind="encoder", head="masked_lm")
-    tokens = torch.randint(11, (2, 5))
-    loss = model(tokens, torch.full((2, 5), -100)).loss
+def test_loss_without_any_label_is_zero(device):
+    model = build(device, kind="encoder", head="masked_lm")
+    tokens = torch.randint(11, (2, 5)).to(device)
+    loss = model(tokens, torch.full((2, 5), -100, device=device)).loss
     assert loss == 0.0
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_loss_of_narrow_logits_is_float32():
-    model = build(dtype=torch.bfloat16)
-    tokens = torch.randint(11, (2, 5))
+def test_loss_of_narrow_logits_is_float32(device):
+    model = build(device, dtype=torch.bfloat16)
+    tokens = torch.randint(11, (2, 5)).to(device)
     out = model(tokens, tokens)
     assert out.logits.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
     assert_equal(out.loss, written_out_loss(out.logits[:, :-1].float(), tokens[:, 1:]))
 
 
-def test_call_errors():
-    model = build(positions="learned", max_length=6)
-    tokens = torch.randint(11, (2, 6))
+def test_call_errors(device):
+    model = build(device, positions="learned", max_length=6)
+    tokens = torch.randint(11, (2, 6)).to(device)
     with pytest.raises(ValueError, match="tokens must have a length T of at most max_length = 6"):
-        model(torch.randint(11, (2, 7)))
+        model(torch.randint(11, (2, 7)).to(device))
     with pytest.raises(TypeError, match="tokens must be a Tensor of integers, got torch.float32"):
         model(tokens.float())
     with pytest.raises(ValueError, match=r"tokens must have shape \(B, T\)"):
@@ -744,19 +751,12 @@ def test_call_errors():
     with pytest.raises(TypeError, match="labels must be a Tensor of integers, got torch.bool"):
         model(tokens, tokens > 3)
     with pytest.raises(ValueError, match="labels need a head"):
-        build(head=None)(tokens, tokens)
+        build(device, head=None)(tokens, tokens)
 
 
-@pytest.fixture
-def on_cpu():
-    with torch.device("cpu"):
-        yield
-
-
-@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("wrong", [11, -1, 2**40])
 def test_ids_outside_of_the_vocabulary_are_an_error_on_a_cpu(wrong):
-    model = build()
+    model = build("cpu")
     tokens = torch.randint(11, (2, 6))
     outside = tokens.clone()
     outside[1, 4] = wrong
@@ -770,24 +770,24 @@ def test_ids_outside_of_the_vocabulary_are_an_error_on_a_cpu(wrong):
         model(outside)
     assert model(tokens, outside).loss.isfinite()
     labels = torch.tensor([[0, 1, 2, 0, 1, 0]] * 2)
-    classifier = build(kind="encoder", head="token_classification", num_labels=2)
+    classifier = build("cpu", kind="encoder", head="token_classification", num_labels=2)
     with pytest.raises(ValueError, match=r"labels must be from 0 to 1, .*got 2 at \(0, 2\)"):
         classifier(tokens, labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_ids_may_be_of_any_integer_dtype(dtype):
-    model = build()
-    tokens = torch.randint(11, (2, 6))
+def test_ids_may_be_of_any_integer_dtype(dtype, device):
+    model = build(device)
+    tokens = torch.randint(11, (2, 6)).to(device)
     expected, found = model(tokens, tokens), model(tokens.to(dtype), tokens.to(dtype))
     assert torch.equal(found.logits, expected.logits)
     assert found.loss == expected.loss
 
 
 @pytest.mark.parametrize("gain_scheme", ["fixed", "learn", "recover"])
-def test_causal_model_learns_a_repeated_sequence(gain_scheme):
-    model = build(dtype=torch.float32, gain_scheme=gain_scheme, final_norm="rms")
-    tokens = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]).repeat(2, 4)
+def test_causal_model_learns_a_repeated_sequence(gain_scheme, device):
+    model = build(device, dtype=torch.float32, gain_scheme=gain_scheme, final_norm="rms")
+    tokens = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6], device=device).repeat(2, 4)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-2)
     losses = []
     for step in range(40):
@@ -802,16 +802,16 @@ def test_causal_model_learns_a_repeated_sequence(gain_scheme):
     assert losses[0] > 1.9 and losses[-1] < 1.0
 
 
-def test_activation_checkpointing_changes_no_bit():
-    plain = build(gain_scheme="learn")
-    model = build(gain_scheme="learn", activation_checkpointing=True)
+def test_activation_checkpointing_changes_no_bit(device):
+    plain = build(device, gain_scheme="learn")
+    model = build(device, gain_scheme="learn", activation_checkpointing=True)
     model.load_state_dict(plain.state_dict())
-    tokens = torch.randint(11, (2, 6))
+    tokens = torch.randint(11, (2, 6)).to(device)
     calls = []
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     gradients = []
     for m in (plain, model):
-        loss = m(tokens, tokens, key_start=torch.tensor([0, 2])).loss
+        loss = m(tokens, tokens, key_start=torch.tensor([0, 2], device=device)).loss
         gradients.append([loss, *torch.autograd.grad(loss, list(m.parameters()))])
     for expected, actual in zip(*gradients, strict=True):
         assert torch.equal(actual, expected)
@@ -821,8 +821,8 @@ def test_activation_checkpointing_changes_no_bit():
     assert len(calls) == 3
 
 
-def test_extra_repr():
-    text = repr(build(tie_embeddings=True, branch_gain=0.6, norm="rms"))
+def test_extra_repr(device):
+    text = repr(build(device, tie_embeddings=True, branch_gain=0.6, norm="rms"))
     assert "kind='decoder', head='causal_lm', positions='rotary', tie_embeddings=True" in text
     assert "(0-1): 2 x ShapedBlock(" in text
     assert "skip_gain=0.8, branch_gain=0.6, norm='rms'" in text
@@ -838,32 +838,32 @@ def test_docstring_examples(module):
 
 
 @pytest.mark.parametrize("options", EVERYTHING)
-def test_state_survives_safetensors(options, tmp_path):
-    model = build(**options)
+def test_state_survives_safetensors(options, tmp_path, device):
+    model = build(device, **options)
     if model.config.gain_scheme == "recover":
         anneal_gains(model, 0.25)
     for parameter in model.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
+        parameter.data.add_(0.1 * double(device, *parameter.shape))
     path = tmp_path / "model.safetensors"
     save_file(model.state_dict(), path)
     (tmp_path / "config.json").write_text(model.config.to_json())
 
     saved = ShapedTransformerConfig.from_json((tmp_path / "config.json").read_text())
-    other = ShapedTransformer(saved, dtype=torch.float64)
+    other = ShapedTransformer(saved, dtype=torch.float64).to(device)
     other.load_state_dict(load_file(path), strict=True)
-    tokens = torch.randint(11, (2, 6))
+    tokens = torch.randint(11, (2, 6)).to(device)
     assert torch.equal(other(tokens).logits, model(tokens).logits)
     gains, expected = (m.blocks[1].attention.gains() for m in (other, model))
     for name in expected:
         assert torch.equal(torch.as_tensor(gains[name]), torch.as_tensor(expected[name])), name
 
 
-def test_deepcopy_is_independent():
-    model = build(gain_scheme="recover", out_proj="orthogonal")
+def test_deepcopy_is_independent(device):
+    model = build(device, gain_scheme="recover", out_proj="orthogonal")
     other = copy.deepcopy(model)
     anneal_gains(other, 1.0)
     assert model.blocks[0].attention.gains()["identity_gain"] == 1.0
-    other.reset_parameters(torch.Generator().manual_seed(3))
+    other.reset_parameters(torch.Generator(device).manual_seed(3))
     assert not torch.equal(other.embedding.weight, model.embedding.weight)
 
 
@@ -876,8 +876,8 @@ def names_of(groups, module):
 
 
 @pytest.mark.parametrize("options", EVERYTHING)
-def test_parameter_groups(options):
-    model = build(**options)
+def test_parameter_groups(options, device):
+    model = build(device, **options)
     groups = parameter_groups(model, 0.1)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     decayed, others = names_of(groups, model)
