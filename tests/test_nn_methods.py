@@ -69,24 +69,27 @@ def config(method, has_skip=None, has_normalization=None, **options):
     )
 
 
-def build(method, has_skip=None, has_normalization=None, *, dtype=torch.float64, **options):
-    return ShapedTransformer(config(method, has_skip, has_normalization, **options), dtype=dtype)
+def build(device, method, has_skip=None, has_normalization=None, *, dtype=torch.float64, **options):
+    """In float64 by the composite, also on a GPU, whose kernels have no float64."""
+    impl = "torch" if dtype == torch.float64 else "auto"
+    made = config(method, has_skip, has_normalization, **{"impl": impl, **options})
+    return ShapedTransformer(made, dtype=dtype).to(device)
 
 
 def scatter(module):
     """Move every parameter away from its special start, keeping its size."""
     for parameter in module.parameters():
         size = parameter.detach().square().mean().sqrt().clamp(min=0.25)
-        parameter.data.add_(0.5 * size * torch.randn_like(parameter))
+        parameter.data.add_(0.5 * size * torch.randn(parameter.shape).to(parameter))
     return module
 
 
-def tokens(batch=2, length=6):
-    return torch.randint(VOCABULARY, (batch, length))
+def tokens(device, batch=2, length=6):
+    return torch.randint(VOCABULARY, (batch, length)).to(device)
 
 
-def stream(*shape, dtype=torch.float64):
-    return torch.randn(*shape, WIDTH, dtype=dtype)
+def stream(device, *shape, dtype=torch.float64):
+    return torch.randn(*shape, WIDTH, dtype=dtype).to(device)
 
 
 def assert_equal(actual, expected, *, depth=1):
@@ -142,7 +145,7 @@ def test_kind_of_normalization(method):
     assert config(method, has_normalization=True).wiring()[1] == usual
     for norm in ("rms", "layer"):
         assert config(method, norm=norm).wiring()[1] == norm
-        model = build(method, norm=norm)
+        model = build("cpu", method, norm=norm)
         kind = {"rms": torch.nn.RMSNorm, "layer": torch.nn.LayerNorm}[norm]
         assert type(model.blocks[1].attention_norm) is kind
         assert (type(model.final_norm) is kind) == (method != "shaped")
@@ -230,13 +233,13 @@ def test_config_round_trips(method, norm, final_norm, depth):
     assert config(method[0]).to_dict()["has_skip"] is None
 
 
-def test_shaped_is_the_block_of_its_own():
-    for block in build("shaped").blocks:
+def test_shaped_is_the_block_of_its_own(device):
+    for block in build(device, "shaped").blocks:
         assert type(block) is ShapedBlock
         assert (block.skip_gain, block.branch_gain) == (math.sqrt(0.75), 0.5)
-    for block in build("shaped", has_skip=False, has_normalization=True).blocks:
+    for block in build(device, "shaped", has_skip=False, has_normalization=True).blocks:
         assert (block.skip_gain, block.branch_gain, block.norm) == (0.0, 1.0, "layer")
-        x = stream(2, 5)
+        x = stream(device, 2, 5)
         read = F.layer_norm(x, (WIDTH,), eps=1e-6)
         z = block.attention(read)
         assert_equal(block(x), block.mlp(F.layer_norm(z, (WIDTH,), eps=1e-6)))
@@ -257,9 +260,9 @@ NO_GRADIENT = {  # at the first step
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method, has_skip, has_normalization", ALLOWED)
-def test_gradient_reaches_every_parameter(method, has_skip, has_normalization, kind):
-    model = build(method, has_skip, has_normalization, kind=kind, head=KINDS[kind])
-    x = tokens()
+def test_gradient_reaches_every_parameter(method, has_skip, has_normalization, kind, device):
+    model = build(device, method, has_skip, has_normalization, kind=kind, head=KINDS[kind])
+    x = tokens(device)
     model(x, x).loss.backward()
     lacking = set()
     for name, parameter in model.named_parameters():
@@ -283,9 +286,9 @@ LEARNING = [wiring for wiring in ALLOWED if wiring != ("pre_ln", False, True)]
 
 
 @pytest.mark.parametrize("method, has_skip, has_normalization", LEARNING)
-def test_learns_a_repeated_sequence(method, has_skip, has_normalization):
-    model = build(method, has_skip, has_normalization, dtype=torch.float32, mlp_ratio=2)
-    text = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]).repeat(2, 4)
+def test_learns_a_repeated_sequence(method, has_skip, has_normalization, device):
+    model = build(device, method, has_skip, has_normalization, dtype=torch.float32, mlp_ratio=2)
+    text = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6], device=device).repeat(2, 4)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-2)
     losses = []
     for _ in range(40):
@@ -300,9 +303,9 @@ def test_learns_a_repeated_sequence(method, has_skip, has_normalization):
 
 @pytest.mark.parametrize("positions", ["learned", "rotary", "none"])
 @pytest.mark.parametrize("method, has_skip, has_normalization", ALLOWED)
-def test_decoder_does_not_see_later_tokens(method, has_skip, has_normalization, positions):
-    model = scatter(build(method, has_skip, has_normalization, positions=positions))
-    x = tokens(length=9)
+def test_decoder_does_not_see_later_tokens(method, has_skip, has_normalization, positions, device):
+    model = scatter(build(device, method, has_skip, has_normalization, positions=positions))
+    x = tokens(device, length=9)
     later = x.clone()
     later[:, 6:] = (later[:, 6:] + 1) % VOCABULARY
     before, after = model(x).logits, model(later).logits
@@ -313,17 +316,17 @@ def test_decoder_does_not_see_later_tokens(method, has_skip, has_normalization, 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(side, method, positions):
-    model = scatter(build(method, positions=positions))
+def test_padding_changes_nothing(side, method, positions, device):
+    model = scatter(build(device, method, positions=positions))
     lengths = (9, 4, 6)
-    texts = [tokens(1, length) for length in lengths]
-    padded, rows = tokens(3, 9), []
+    texts = [tokens(device, 1, length) for length in lengths]
+    padded, rows = tokens(device, 3, 9), []
     for b, text in enumerate(texts):
         rows.append(slice(9 - lengths[b], 9) if side == "left" else slice(lengths[b]))
         padded[b, rows[b]] = text[0]
-    bound = {"key_start": 9 - torch.tensor(lengths)}
+    bound = {"key_start": 9 - torch.tensor(lengths, device=device)}
     if side == "right":
-        bound = {"key_end": torch.tensor(lengths)}
+        bound = {"key_end": torch.tensor(lengths, device=device)}
     logits = model(padded, **bound).logits
     for b, text in enumerate(texts):
         assert_equal(logits[b : b + 1, rows[b]], model(text).logits, depth=4)
@@ -331,8 +334,9 @@ def test_padding_changes_nothing(side, method, positions):
 
 @pytest.mark.parametrize("method, has_skip, has_normalization", ALLOWED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast(kind, method, has_skip, has_normalization):
+def test_autocast(kind, method, has_skip, has_normalization, device):
     model = build(
+        device,
         method,
         has_skip,
         has_normalization,
@@ -341,15 +345,18 @@ def test_autocast(kind, method, has_skip, has_normalization):
         dtype=torch.float32,
         width=32,
     )
-    x = tokens()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    x = tokens(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         out = model(x, x)
     out.loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     assert all(p.grad.isfinite().all() for p in model.parameters())
     if has_skip and not has_normalization:
         assert out.hidden_states.dtype == torch.float32  # the stream is not narrowed
-    golden = copy.deepcopy(model).double()(x).hidden_states
+    doubled = copy.deepcopy(model).double()
+    for block in doubled.blocks:
+        block.attention.impl = "reference"
+    golden = doubled(x).hidden_states
     # Per block, one after another: input, norm, q or k, v, attention, W_O; MLP two more, and as
     # many weights.
     roundings = 2 * 2 * 8
@@ -358,13 +365,13 @@ def test_autocast(kind, method, has_skip, has_normalization):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_model_compiles_to_one_graph_of_any_length(method):
+def test_model_compiles_to_one_graph_of_any_length(method, device):
     torch._dynamo.reset()
-    model = scatter(build(method))
+    model = scatter(build(device, method))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
     def check(length):
-        x = tokens(2, length)
+        x = tokens(device, 2, length)
         found = compiled(x, x)
         expected = model(x, x)
         assert_equal(found.logits, expected.logits, depth=2)
@@ -398,7 +405,7 @@ def read(x, norm):
 def shaped_heads(attention, x, values, is_causal, prior=None):
     """Concat_h (identity_gain I + softmax_gain D softmax(S + log A0) - center_gain A0) values_h."""
     length, size = x.shape[1], WIDTH // HEADS
-    visible = torch.ones(length, length, dtype=torch.bool)
+    visible = torch.ones(length, length, dtype=torch.bool, device=x.device)
     visible = visible.tril() if is_causal else visible
     if prior is None:
         prior = visible / visible.sum(-1, keepdim=True, dtype=x.dtype)
@@ -412,7 +419,7 @@ def shaped_heads(attention, x, values, is_causal, prior=None):
         logits = q @ k.mT / math.sqrt(size) + prior.log()
         weights = prior.sum(-1, keepdim=True) * logits.softmax(-1)
         a, b, c = (g[h] if isinstance(g, torch.Tensor) else g for g in (identity, softmax, center))
-        matrix = a * torch.eye(length, dtype=x.dtype) + b * weights - c * prior
+        matrix = a * torch.eye(length, dtype=x.dtype, device=x.device) + b * weights - c * prior
         heads.append(matrix @ values[..., rows])
     return torch.cat(heads, dim=-1)
 
@@ -427,20 +434,25 @@ def perceptron(mlp, x, activation):
     "method, has_normalization",
     [("simplified", True), ("simplified_parallel", True), ("simplified_parallel", False)],
 )
-def test_simplified_block_is_that_of_the_paper(method, has_normalization, layer, kind):
+def test_simplified_block_is_that_of_the_paper(method, has_normalization, layer, kind, device):
     """2311.01906 (12), (13) and figure 10, with (6) for the values of the first layer."""
     model = build(
-        method, has_normalization=has_normalization, kind=kind, head=KINDS[kind], mlp_ratio=3
+        device,
+        method,
+        has_normalization=has_normalization,
+        kind=kind,
+        head=KINDS[kind],
+        mlp_ratio=3,
     )
     block = scatter(model).blocks[layer]
-    x = stream(3, 7)
+    x = stream(device, 3, 7)
     attention = block.attention
     assert (block.attention_norm is None) == (not has_normalization and layer == 1)
     normed = read(x, block.attention_norm)
     values = normed
     if layer == 0:
         matrix = (
-            attention.value_identity_gain * torch.eye(WIDTH, dtype=x.dtype)
+            attention.value_identity_gain * torch.eye(WIDTH, dtype=x.dtype, device=device)
             + attention.value_weight_gain * attention.value.weight
         )
         values = normed @ matrix.T
@@ -461,21 +473,24 @@ def test_simplified_block_is_that_of_the_paper(method, has_normalization, layer,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["value_skipinit", "u_spa", "e_spa"])
 @pytest.mark.parametrize("has_skip, has_normalization", sorted(ALL))
-def test_block_without_shortcuts_is_that_of_the_paper(has_skip, has_normalization, method, kind):
+def test_block_without_shortcuts_is_that_of_the_paper(
+    has_skip, has_normalization, method, kind, device
+):
     """2302.10322, papers.md (P8)."""
     depth, length = 16, 7
     options = {"kind": kind, "head": KINDS[kind], "depth": depth, "mlp_ratio": 2}
-    model = scatter(build(method, has_skip, has_normalization, **options))
+    model = scatter(build(device, method, has_skip, has_normalization, **options))
     schedule = {"e_spa": ESPA.schedule, "u_spa": USPA.schedule}.get(method)
     slope = 0.0 if has_skip else tat_slope(depth)
     scale = math.sqrt(2 / (1 + slope**2))
     skip, branch = (0.98, math.sqrt(1 - 0.98**2)) if has_skip else (0.0, 1.0)
     for layer in (0, 5, 15):
         block = model.blocks[layer]
-        attention, x = block.attention, stream(3, length)
+        attention, x = block.attention, stream(device, 3, length)
         prior = None
         if schedule:
-            prior = prior_matrix(schedule(depth)[layer], length, is_causal=kind == "decoder")[0]
+            prior = prior_matrix(schedule(depth)[layer], length, is_causal=kind == "decoder")
+            prior = prior[0].to(device)
         normed = read(x, block.attention_norm)
         values = normed @ attention.value.weight.T
         mixed = shaped_heads(attention, normed, values, kind == "decoder", prior)
@@ -488,10 +503,12 @@ def test_block_without_shortcuts_is_that_of_the_paper(has_skip, has_normalizatio
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("has_skip, has_normalization", sorted(ALL))
-def test_pre_ln_block_is_the_standard_one(has_skip, has_normalization, kind):
-    model = build("pre_ln", has_skip, has_normalization, kind=kind, head=KINDS[kind], mlp_ratio=4)
+def test_pre_ln_block_is_the_standard_one(has_skip, has_normalization, kind, device):
+    model = build(
+        device, "pre_ln", has_skip, has_normalization, kind=kind, head=KINDS[kind], mlp_ratio=4
+    )
     block = scatter(model).blocks[1]
-    x = stream(3, 7)
+    x = stream(device, 3, 7)
     attention = block.attention
     normed = read(x, block.attention_norm)
     q, k, v = (
@@ -510,11 +527,11 @@ def test_pre_ln_block_is_the_standard_one(has_skip, has_normalization, kind):
     assert_equal(block(x), skip * z + branch * scale * mlp)
 
 
-def test_padding_without_a_mask_has_no_prior():
+def test_padding_without_a_mask_has_no_prior(device):
     """The prior of an encoder is that of all its tokens."""
-    model = build("e_spa", kind="encoder", head="masked_lm")
+    model = build(device, "e_spa", kind="encoder", head="masked_lm")
     with pytest.raises(ValueError, match="key_end"):
-        model(tokens(), key_end=torch.tensor([6, 4]))
+        model(tokens(device), key_end=torch.tensor([6, 4], device=device))
 
 
 # How they start
@@ -522,16 +539,16 @@ def test_padding_without_a_mask_has_no_prior():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS[1:])
-def test_attention_matrix_at_the_start(method, kind):
+def test_attention_matrix_at_the_start(method, kind, device):
     depth, length = 5, 20
-    model = build(method, depth=depth, kind=kind, head=KINDS[kind])
+    model = build(device, method, depth=depth, kind=kind, head=KINDS[kind])
     is_causal = kind == "decoder"
-    x = stream(2, length)
-    identity = torch.eye(length, dtype=torch.float64)
+    x = stream(device, 2, length)
+    identity = torch.eye(length, dtype=torch.float64, device=device)
     for layer, block in enumerate(model.blocks):
         if method in ("u_spa", "e_spa"):
             prior = {"u_spa": USPA, "e_spa": ESPA}[method].schedule(depth)[layer]
-            expected = prior_matrix(prior, length, is_causal=is_causal)
+            expected = prior_matrix(prior, length, is_causal=is_causal).to(device)
         elif method == "pre_ln":  # near the uniform one: its logits have a deviation near 1e-2
             assert block.attention.gains()["identity_gain"] == 0
             continue
@@ -545,11 +562,11 @@ def test_attention_matrix_at_the_start(method, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", SIMPLIFIED)
-def test_simplified_attention_starts_as_the_identity(method, kind, dtype):
+def test_simplified_attention_starts_as_the_identity(method, kind, dtype, device):
     """The property that defines it, to machine precision."""
-    model = build(method, kind=kind, head=KINDS[kind], dtype=dtype)
+    model = build(device, method, kind=kind, head=KINDS[kind], dtype=dtype)
     for block in model.blocks:
-        normed = block.attention_norm(stream(3, 40, dtype=dtype))
+        normed = block.attention_norm(stream(device, 3, 40, dtype=dtype))
         out = block.attention(normed, branch_gain=block.attention_branch_gain)
         # Softmax and centre cancel up to the rounding of two sums, each over at most 40 values.
         largest = normed.abs().max()
@@ -567,8 +584,9 @@ def correlations(x):
 class TestDepth36:
     depth, width, length = 36, 64, 32
 
-    def network(self, method, kind):
+    def network(self, device, method, kind):
         model = build(
+            device,
             method,
             has_skip=False,
             has_normalization=False,
@@ -579,24 +597,25 @@ class TestDepth36:
             head=None,
         )
         frame = torch.linalg.qr(torch.randn(self.width, self.length, dtype=torch.float64)).Q
-        return model.requires_grad_(False), math.sqrt(self.width) * frame.mT[None]
+        x = math.sqrt(self.width) * frame.mT[None].to(device)
+        return model.requires_grad_(False), x
 
     @pytest.mark.parametrize("method", ["u_spa", "e_spa"])
-    def test_attention_keeps_the_tokens_on_target(self, method, kind):
+    def test_attention_keeps_the_tokens_on_target(self, method, kind, device):
         """S_l = A_l S_(l-1) A_l^T with square orthogonal W_V and W_O, (P7): exact at any width."""
-        model, x = self.network(method, kind)
+        model, x = self.network(device, method, kind)
         for layer, block in enumerate(model.blocks, start=1):
             x = block.attention(x)
             prior = block.attention.prior
-            target = prior.kernel(self.length)[0]
+            target = prior.kernel(self.length)[0].to(device)
             # Sums of W_V, A and W_O behind an element, and those of the kernel.
             sums = layer * (2 * self.width + self.length) + self.width
             error = (x[0] @ x[0].mT / self.width - target).abs().max()
             assert error <= sums * rounding_error(torch.float64)
         assert prior.kernel(self.length)[0, 0, -1] < 0.9
 
-    def test_vanilla_attention_collapses(self, kind):
-        model, x = self.network("pre_ln", kind)
+    def test_vanilla_attention_collapses(self, kind, device):
+        model, x = self.network(device, "pre_ln", kind)
         alone = x
         for block in model.blocks:
             x = block(x)
@@ -605,9 +624,9 @@ class TestDepth36:
             assert correlations(end).min() > 0.999
 
     @pytest.mark.parametrize("method", ["u_spa", "e_spa", "value_skipinit"])
-    def test_whole_network_keeps_tokens_apart(self, method, kind):
+    def test_whole_network_keeps_tokens_apart(self, method, kind, device):
         """With MLPs, whose activation is tailored to leave correlations below 1."""
-        model, x = self.network(method, kind)
+        model, x = self.network(device, method, kind)
         for block in model.blocks:
             x = block(x)
         assert correlations(x).min() < 0.999
@@ -635,7 +654,8 @@ def test_parameter_counts_by_hand():
         "e_spa": [4 * n**2 + 2 * n * hidden] * 2,
     }
     for method, counts in expected.items():
-        assert [count(block) for block in build(method, mlp_ratio=4).blocks] == counts, method
+        model = build("cpu", method, mlp_ratio=4)
+        assert [count(block) for block in model.blocks] == counts, method
 
 
 def test_parameter_counts_of_the_paper():
@@ -662,15 +682,14 @@ def test_parameter_counts_of_the_paper():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_triton_is_within_the_spread_of_rounding(method, kind):
+def test_triton_is_within_the_spread_of_rounding(method, kind, device):
     """Loss and gradients of a whole network on the fused kernels, against float64."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = tokens(batch=1, length=20).to(device)
+    batch = tokens(device, batch=1, length=20)
 
     def model_on(impl, dtype):
         torch.manual_seed(0)
         options = {"kind": kind, "head": KINDS[kind], "width": 32, "impl": impl}
-        return scatter(build(method, dtype=torch.float32, **options)).to(device, dtype)
+        return scatter(build(device, method, dtype=torch.float32, **options)).to(dtype)
 
     def run(model):
         loss = model(batch, labels=batch).loss
@@ -687,7 +706,7 @@ def test_triton_is_within_the_spread_of_rounding(method, kind):
 @pytest.mark.parametrize("depth, start", [(18, 0.1), (72, 0.05)])
 @pytest.mark.parametrize("method", SIMPLIFIED)
 def test_simplified_branch_gains(method, depth, start):
-    model = build(method, depth=depth)
+    model = build("cpu", method, depth=depth)
     for block in model.blocks:
         assert isinstance(block.mlp_branch_gain, torch.nn.Parameter)
         assert block.attention_branch_gain.item() == 1.0
@@ -703,14 +722,14 @@ def test_simplified_branch_gains(method, depth, start):
 def test_final_norm():
     kinds = {}
     for method, has_skip, has_normalization in ALLOWED:
-        norm = build(method, has_skip, has_normalization).final_norm
+        norm = build("cpu", method, has_skip, has_normalization).final_norm
         kinds[method, has_skip, has_normalization] = type(norm).__name__
     for (method, _, has_normalization), kind in kinds.items():
         expected = "LayerNorm" if has_normalization else "NoneType"
         if method in SIMPLIFIED:
             expected = "RMSNorm" if has_normalization else "LayerNorm"
         assert kind == ("NoneType" if method == "shaped" else expected), method
-    assert type(build("e_spa", final_norm="rms").final_norm) is torch.nn.RMSNorm
+    assert type(build("cpu", "e_spa", final_norm="rms").final_norm) is torch.nn.RMSNorm
 
 
 LAWS = {  # W_Q, W_K, W_V, W_O, both of the MLP
@@ -725,7 +744,7 @@ LAWS = {  # W_Q, W_K, W_V, W_O, both of the MLP
 
 @pytest.mark.parametrize("method, has_skip, has_normalization", ALLOWED[4:])
 def test_laws_of_the_weights(method, has_skip, has_normalization):
-    model = build(method, has_skip, has_normalization, mlp_ratio=4, width=64)
+    model = build("cpu", method, has_skip, has_normalization, mlp_ratio=4, width=64)
     laws = LAWS[method]
     if method == "pre_ln" and not has_normalization:
         laws = ["gaussian"] * 5
@@ -755,7 +774,7 @@ def test_laws_of_the_weights(method, has_skip, has_normalization):
 @pytest.mark.parametrize("method, has_skip, has_normalization", ALLOWED[4:])
 def test_activation_and_skips(method, has_skip, has_normalization):
     depth = 16
-    block = build(method, has_skip, has_normalization, depth=depth).blocks[3]
+    block = build("cpu", method, has_skip, has_normalization, depth=depth).blocks[3]
     activation = block.mlp.activation
     if method in SIMPLIFIED or (method == "pre_ln" and has_normalization):
         assert type(activation) is torch.nn.ReLU
@@ -774,7 +793,9 @@ def test_activation_and_skips(method, has_skip, has_normalization):
 
 def test_few_layers_have_relu():
     """TAT has nothing to do where ReLU does not correlate tokens beyond its bound."""
-    slopes = [build("e_spa", depth=depth).blocks[0].mlp.activation.slope for depth in (1, 12, 13)]
+    slopes = [
+        build("cpu", "e_spa", depth=depth).blocks[0].mlp.activation.slope for depth in (1, 12, 13)
+    ]
     assert slopes == [0.0, 0.0, tat_slope(13)] and tat_slope(13) > 0
     with pytest.raises(ValueError, match="eta must be below 0.897"):
         tat_slope(12)
@@ -784,51 +805,51 @@ def test_few_layers_have_relu():
 
 
 @pytest.mark.parametrize("method, has_skip, has_normalization", ALLOWED)
-def test_every_tensor_has_a_law(method, has_skip, has_normalization):
-    model = build(method, has_skip, has_normalization)
+def test_every_tensor_has_a_law(method, has_skip, has_normalization, device):
+    model = build(device, method, has_skip, has_normalization)
     assert set(initializers(model)) == set(model.state_dict()) == set(model.initializers())
     start = copy.deepcopy(model.state_dict())  # drawn with another seed
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
-    model.reset_parameters(torch.Generator().manual_seed(1))
+    model.reset_parameters(torch.Generator(device).manual_seed(1))
     first = copy.deepcopy(model.state_dict())
-    model.reset_parameters(torch.Generator().manual_seed(1))
+    model.reset_parameters(torch.Generator(device).manual_seed(1))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, first[name]), name
         is_constant = tensor.ndim < 2 or not start[name].any()
         assert torch.equal(tensor, start[name]) == is_constant, name
     empty = ShapedTransformer(model.config, device="meta", dtype=torch.float64)
-    empty = empty.to_empty(device="cpu")
-    empty.reset_parameters(torch.Generator().manual_seed(1))
-    x = tokens()
+    empty = empty.to_empty(device=device)
+    empty.reset_parameters(torch.Generator(device).manual_seed(1))
+    x = tokens(device)
     assert torch.equal(empty(x).logits, model(x).logits)
 
 
 @pytest.mark.parametrize("method, has_skip, has_normalization", ALLOWED)
-def test_state_survives_safetensors(method, has_skip, has_normalization, tmp_path):
-    model = scatter(build(method, has_skip, has_normalization, final_norm="rms"))
+def test_state_survives_safetensors(method, has_skip, has_normalization, tmp_path, device):
+    model = scatter(build(device, method, has_skip, has_normalization, final_norm="rms"))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     saved = ShapedTransformerConfig.from_json(model.config.to_json())
-    other = ShapedTransformer(saved, dtype=torch.float64)
+    other = ShapedTransformer(saved, dtype=torch.float64).to(device)
     other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
-    x = tokens()
+    x = tokens(device)
     assert torch.equal(other(x).logits, model(x).logits)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_projections_decay_and_nothing_else(method):
-    model = build(method, has_normalization=True, positions="learned")
+    model = build("cpu", method, has_normalization=True, positions="learned")
     decayed = {id(p) for p in parameter_groups(model, 0.1)[0]["params"]}
     projections = {id(m.weight) for m in model.modules() if isinstance(m, Projection)}
     assert decayed == projections
 
 
 def test_extra_repr():
-    text = repr(build("simplified"))
+    text = repr(build("cpu", "simplified"))
     assert "method='simplified', kind='decoder', head='causal_lm', positions='rotary'" in text
     assert "attention_branch_gain=1 (learned), mlp_branch_gain=0.3 (learned)" in text
     assert "attention_skip_gain=None, mlp_skip_gain=1, is_parallel=False" in text
-    text = repr(build("e_spa", has_skip=True))
+    text = repr(build("cpu", "e_spa", has_skip=True))
     assert "mlp_branch_gain=0.198997, attention_skip_gain=0.98, mlp_skip_gain=0.98" in text
     assert "prior=ESPA(decay_in=inf, decay_out=" in text
 
@@ -836,12 +857,13 @@ def test_extra_repr():
 # The parts
 
 
-def test_transformer_block_without_a_half():
+def test_transformer_block_without_a_half(device):
     mlp = MLP(WIDTH, 2, activation=torch.nn.Tanh(), law="orthogonal", dtype=torch.float64)
+    mlp = mlp.to(device)
     block = TransformerBlock(None, mlp, mlp_skip_gain=0.5, mlp_branch_gain=2.0)
-    x = stream(2, 5)
+    x = stream(device, 2, 5)
     assert_equal(block(x), 0.5 * x + 2 * perceptron(mlp, x, torch.tanh))
-    attention = build("value_skipinit").blocks[0].attention
+    attention = build(device, "value_skipinit").blocks[0].attention
     block = TransformerBlock(attention, None, attention_branch_gain=2.0)
     assert_equal(block(x), x + 2 * attention(x))
     assert dict(block.laws()) == {}
