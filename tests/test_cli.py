@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from shaped_attn import __version__, cli, environment, fidelity, shaped_attention
 
 ROOT = Path(__file__).parents[1]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def invoke(*args):
@@ -49,30 +48,30 @@ def test_env_says_what_a_bug_report_needs():
         assert value in text.stdout
 
 
-def test_kernels_are_available_where_the_tests_run_them():
+def test_kernels_are_available_where_the_tests_run_them(device):
     kernels = environment.kernel_availability()
     assert kernels["available"] is True
-    assert kernels["mode"] == ("gpu" if DEVICE == "cuda" else "interpreter")
+    assert kernels["mode"] == ("gpu" if device.type == "cuda" else "interpreter")
 
 
-def test_check_prints_every_quantity_and_succeeds():
+def test_check_prints_every_quantity_and_succeeds(device):
     result = invoke("check", "--impl", "torch", "--quick", "--length", "24")
     assert result.exit_code == 0, result.output
     for quantity in fidelity.QUANTITIES:
         assert fidelity.label(quantity) in result.stdout
     for dtype in fidelity.DTYPES:
-        assert f"torch ({DEVICE}), {dtype}, T = 24" in result.stdout
+        assert f"torch ({device.type}), {dtype}, T = 24" in result.stdout
     assert "within their budget" in result.stdout
 
 
-def test_check_prints_json():
+def test_check_prints_json(device):
     result = invoke("check", "--impl", "torch", "--quick", "--length", "24", "--json")
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     rows = report["measurements"]
     assert len(rows) == 3 * len(fidelity.QUICK_LOGIT_STDS) * len(fidelity.QUANTITIES)
     assert all(row["is_within"] and row["length"] == 24 for row in rows)
-    assert report["settings"]["device"] == DEVICE
+    assert report["settings"]["device"] == device.type
 
 
 def test_check_fails_for_a_wrong_implementation(monkeypatch):
@@ -136,7 +135,7 @@ def test_the_module_is_the_command():
     assert run_module("paint").returncode == 2
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU needs no interpreter")
+@pytest.mark.interpreter
 def test_check_turns_on_the_interpreter_by_itself():
     # torch may import Triton, which reads TRITON_INTERPRET at that moment, before the command does.
     result = run_module("check", "--impl", "triton", "--quick", "--length", "16")
@@ -144,7 +143,7 @@ def test_check_turns_on_the_interpreter_by_itself():
     assert "triton (interpreter), bf16, T = 16" in result.stdout
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU needs no interpreter")
+@pytest.mark.interpreter
 def test_check_does_not_pass_without_the_interpreter():
     result = run_module("check", "--impl", "triton", TRITON_INTERPRET="0")
     assert result.returncode == 2

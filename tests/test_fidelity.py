@@ -8,8 +8,11 @@ import torch
 from shaped_attn import fidelity, shaped_attention
 from shaped_attn.testing import Case, make_inputs, relative_error
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = {"device": DEVICE, "length": 33, "head_dim": 16}
+
+@pytest.fixture
+def small(device):
+    """Options of small measurements."""
+    return {"device": device.type, "length": 33, "head_dim": 16}
 
 
 def by_quantity(report, **wanted):
@@ -22,8 +25,8 @@ def by_quantity(report, **wanted):
 
 @pytest.mark.parametrize("dtype", fidelity.DTYPES)
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_implementations_are_within_budget_in_every_regime(impl, dtype):
-    report = fidelity.measure([impl], dtypes=[dtype], logit_stds=(0.01, 0.3, 10.0), **SMALL)
+def test_implementations_are_within_budget_in_every_regime(impl, dtype, small):
+    report = fidelity.measure([impl], dtypes=[dtype], logit_stds=(0.01, 0.3, 10.0), **small)
     assert report.failures == ()
     plain = by_quantity(report, regime="plain", logit_std=0.3)
     assert tuple(plain) == fidelity.QUANTITIES
@@ -32,17 +35,17 @@ def test_implementations_are_within_budget_in_every_regime(impl, dtype):
 
 
 @pytest.mark.parametrize("dtype", fidelity.DTYPES)
-def test_kernels_are_within_budget(dtype):
+def test_kernels_are_within_budget(dtype, small):
     options = {"dtypes": [dtype], "logit_stds": (0.03,), "regimes": ("plain", "v mean 3")}
-    report = fidelity.measure(["triton"], **options, **SMALL)
+    report = fidelity.measure(["triton"], **options, **small)
     assert report.failures == ()
     centred = by_quantity(report, quantity=fidelity.CENTRED)[fidelity.CENTRED]
     assert centred.budget == fidelity.CENTRED_BUDGET[dtype]
 
 
-def test_composing_loses_the_centred_term_at_small_logits():
+def test_composing_loses_the_centred_term_at_small_logits(small):
     report = fidelity.measure(
-        ["torch"], dtypes=["bf16"], logit_stds=(0.01, 1.0), regimes=["plain"], **SMALL
+        ["torch"], dtypes=["bf16"], logit_stds=(0.01, 1.0), regimes=["plain"], **small
     )
     small = by_quantity(report, logit_std=0.01)[fidelity.CENTRED]
     large = by_quantity(report, logit_std=1.0)[fidelity.CENTRED]
@@ -50,15 +53,16 @@ def test_composing_loses_the_centred_term_at_small_logits():
     assert small.composed_error > 20 * large.composed_error
 
 
-def test_the_composition_computes_the_same_thing():
+def test_the_composition_computes_the_same_thing(device):
     # In float64 nothing is lost, so what it is compared with is no straw man.
     case = Case(batch=1, heads=3, queries=20, is_causal=True, residual_dtype=torch.float64)
-    inputs = make_inputs(dataclasses.replace(case, dtype=torch.float64))
+    inputs = make_inputs(dataclasses.replace(case, dtype=torch.float64), device=device)
     names = fidelity.GAIN_NAMES[:5]
     gains = {
-        name: torch.full((3,), 0.5 + 0.2 * i, dtype=torch.float64) for i, name in enumerate(names)
+        name: torch.full((3,), 0.5 + 0.2 * i, dtype=torch.float64, device=device)
+        for i, name in enumerate(names)
     }
-    scale = torch.full((3,), 0.1, dtype=torch.float64)
+    scale = torch.full((3,), 0.1, dtype=torch.float64, device=device)
     expected = shaped_attention(*inputs, **gains, scale=scale, is_causal=True, impl="reference")
     assert relative_error(fidelity._composed(*inputs, **gains, scale=scale), expected) < 1e-13
 
@@ -76,35 +80,35 @@ def never_finite(*args, **kwargs):
 
 
 @pytest.mark.parametrize("wrong", [plus_one_percent, without_center, never_finite])
-def test_a_wrong_output_exceeds_its_budget(wrong):
+def test_a_wrong_output_exceeds_its_budget(wrong, small):
     options = {"dtypes": ["fp32"], "logit_stds": (1.0,), "regimes": ["sink key"]}
-    report = fidelity.measure(["torch"], attention=wrong, **options, **SMALL)
+    report = fidelity.measure(["torch"], attention=wrong, **options, **small)
     assert [m.quantity for m in report.failures] == [fidelity.CENTRED]
 
 
-def test_a_wrong_gradient_exceeds_its_budget_alone():
+def test_a_wrong_gradient_exceeds_its_budget_alone(small):
     def halves_gradient_of_v(q, k, v, *args, **kwargs):
         return shaped_attention(q, k, 0.5 * v + 0.5 * v.detach(), *args, **kwargs)
 
     options = {"dtypes": ["fp32"], "logit_stds": (1.0,), "regimes": ["plain"]}
-    report = fidelity.measure(["torch"], attention=halves_gradient_of_v, **options, **SMALL)
+    report = fidelity.measure(["torch"], attention=halves_gradient_of_v, **options, **small)
     assert [m.quantity for m in report.failures] == ["grad v"]
 
 
 @pytest.mark.parametrize("name", fidelity.GAIN_NAMES)
-def test_a_gradient_of_a_gain_off_by_a_percent_exceeds_its_budget_alone(name):
+def test_a_gradient_of_a_gain_off_by_a_percent_exceeds_its_budget_alone(name, small):
     def lacks_a_percent(*args, **kwargs):
         if isinstance(kwargs.get(name), torch.Tensor):
             kwargs[name] = 0.99 * kwargs[name] + 0.01 * kwargs[name].detach()
         return shaped_attention(*args, **kwargs)
 
     options = {"dtypes": ["fp32"], "logit_stds": (1.0,), "regimes": ["plain"]}
-    report = fidelity.measure(["torch"], attention=lacks_a_percent, **options, **SMALL)
+    report = fidelity.measure(["torch"], attention=lacks_a_percent, **options, **small)
     assert [m.quantity for m in report.failures] == [f"grad {name}"]
 
 
-def test_a_report_is_reproducible_and_becomes_json():
-    options = {"dtypes": ["fp16"], "logit_stds": (1.0,), "regimes": ["plain"], **SMALL}
+def test_a_report_is_reproducible_and_becomes_json(small):
+    options = {"dtypes": ["fp16"], "logit_stds": (1.0,), "regimes": ["plain"], **small}
     first, again, other = (fidelity.measure(["torch"], seed=seed, **options) for seed in (1, 1, 2))
     assert first.measurements == again.measurements
     assert first.measurements != other.measurements
@@ -117,13 +121,13 @@ def test_a_report_is_reproducible_and_becomes_json():
     assert rows[1]["error"] == first.measurements[1].error
 
 
-def test_tables_hold_every_measurement_once():
+def test_tables_hold_every_measurement_once(small):
     report = fidelity.measure(
         ["torch", "reference"],
         dtypes=["fp32", "bf16"],
         logit_stds=(0.1, 1.0),
         regimes=["plain", "sink key"],
-        **SMALL,
+        **small,
     )
     tables = fidelity.tables(report)
     assert len(tables) == 8
@@ -135,7 +139,7 @@ def test_tables_hold_every_measurement_once():
             assert {m.quantity for m in row} == {quantity}
 
 
-def test_progress_counts_to_the_end():
+def test_progress_counts_to_the_end(small):
     seen = []
     fidelity.measure(
         ["torch"],
@@ -143,7 +147,7 @@ def test_progress_counts_to_the_end():
         logit_stds=(0.1, 1.0),
         regimes=["sink key"],
         on_progress=lambda done, total: seen.append((done, total)),
-        **SMALL,
+        **small,
     )
     assert seen == [(1, 2), (2, 2)]
 
@@ -162,13 +166,13 @@ def test_what_cannot_be_measured_is_refused(options, message):
         fidelity.measure(**options)
 
 
-def test_nothing_is_called_triton_where_the_kernels_cannot_run(monkeypatch):
+def test_nothing_is_called_triton_where_the_kernels_cannot_run(monkeypatch, small):
     from shaped_attn import environment
 
     unavailable = {"available": False, "mode": "unavailable", "reason": "no GPU"}
     monkeypatch.setattr(environment, "kernel_availability", lambda: unavailable)
     with pytest.raises(RuntimeError, match='"triton" cannot run here: no GPU'):
-        fidelity.measure(["triton"], **SMALL)
+        fidelity.measure(["triton"], **small)
 
 
 @pytest.mark.parametrize(
