@@ -17,7 +17,6 @@ from shaped_attn.nn import (
 )
 
 HERE = __name__.partition(".")[0]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, LENGTH = 4, 20
 
 # What the package calls while torch.compile traces it: the top module of a function, or of the type
@@ -47,48 +46,67 @@ TRACED = {
 }
 
 
-def ints(*values):
-    return torch.tensor(values, device=DEVICE)
+def ints(device, *values):
+    return torch.tensor(values, device=device)
 
 
-def heads(*values):
-    return torch.tensor(values, device=DEVICE, requires_grad=True)
+def heads(device, *values):
+    return torch.tensor(values, device=device, requires_grad=True)
 
 
 CALLS = {
-    "defaults": lambda: {},
-    "numbers": lambda: {"softmax_gain": 0.7, "center_gain": 0.0, "scale": 0.2, "is_causal": True},
-    "tensors": lambda: {
-        "identity_gain": heads(0.5, 0.6, 0.7, 0.8),
-        "softmax_gain": heads(0.9)[0],
-        "branch_gain": heads(0.4, 0.3, 0.2, 0.1),
-        "scale": heads(0.3)[0],
+    "defaults": lambda device: {},
+    "numbers": lambda device: {
+        "softmax_gain": 0.7,
+        "center_gain": 0.0,
+        "scale": 0.2,
         "is_causal": True,
     },
-    "padding": lambda: {"is_causal": True, "key_start": ints(0, 3), "key_end": ints(LENGTH, 9)},
-    "mask": lambda: {"attn_mask": torch.arange(LENGTH, device=DEVICE) % 3 > 0, "q_offset": 0},
-    "offset": lambda: {"identity_gain": 0.0, "q_offset": 5, "is_causal": True},
-    "skip_only": lambda: {"identity_gain": 0.0, "softmax_gain": 0.0, "center_gain": 0.0},
-    "espa": lambda: {"prior": ESPA(3.0, 0.1), "is_causal": True},
-    "espa_full": lambda: {"prior": ESPA(3.0, 0.1)},
-    "espa_rates": lambda: {"prior": ESPA(3.0, heads(0.1, 0.3, 0.02, 0.2)), "is_causal": True},
-    "uspa": lambda: {"prior": USPA(0.1, 0.5), "is_causal": True, "key_start": ints(0, 3)},
-    "uspa_full": lambda: {"prior": USPA(0.1, 0.5)},
-    "log_prior": lambda: {"prior": torch.zeros(HEADS, LENGTH, LENGTH, device=DEVICE)},
+    "tensors": lambda device: {
+        "identity_gain": heads(device, 0.5, 0.6, 0.7, 0.8),
+        "softmax_gain": heads(device, 0.9)[0],
+        "branch_gain": heads(device, 0.4, 0.3, 0.2, 0.1),
+        "scale": heads(device, 0.3)[0],
+        "is_causal": True,
+    },
+    "padding": lambda device: {
+        "is_causal": True,
+        "key_start": ints(device, 0, 3),
+        "key_end": ints(device, LENGTH, 9),
+    },
+    "mask": lambda device: {
+        "attn_mask": torch.arange(LENGTH, device=device) % 3 > 0,
+        "q_offset": 0,
+    },
+    "offset": lambda device: {"identity_gain": 0.0, "q_offset": 5, "is_causal": True},
+    "skip_only": lambda device: {"identity_gain": 0.0, "softmax_gain": 0.0, "center_gain": 0.0},
+    "espa": lambda device: {"prior": ESPA(3.0, 0.1), "is_causal": True},
+    "espa_full": lambda device: {"prior": ESPA(3.0, 0.1)},
+    "espa_rates": lambda device: {
+        "prior": ESPA(3.0, heads(device, 0.1, 0.3, 0.02, 0.2)),
+        "is_causal": True,
+    },
+    "uspa": lambda device: {
+        "prior": USPA(0.1, 0.5),
+        "is_causal": True,
+        "key_start": ints(device, 0, 3),
+    },
+    "uspa_full": lambda device: {"prior": USPA(0.1, 0.5)},
+    "log_prior": lambda device: {"prior": torch.zeros(HEADS, LENGTH, LENGTH, device=device)},
 }
 
 
-def tensors(impl, length=LENGTH):
+def tensors(device, impl, length=LENGTH):
     """Return q, k, v and a residual; k and v have fewer heads, v has other channels than k."""
     channels = 16 if impl == "triton" else 12
     q = torch.randn(2, HEADS, length, 16)
     k, v = torch.randn(2, 2, length, 16), torch.randn(2, 2, length, channels)
     residual = torch.randn(2, HEADS, length, channels)
-    return [x.to(DEVICE).requires_grad_() for x in (q, k, v, residual)]
+    return [x.to(device).requires_grad_() for x in (q, k, v, residual)]
 
 
-def autocast(enabled):
-    return torch.autocast(DEVICE, torch.bfloat16, enabled=enabled)
+def autocast(device, enabled):
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 MODELS = [
@@ -102,9 +120,9 @@ MODELS = [
 ]
 
 
-def model(**options):
+def model(device, **options):
     config = ShapedTransformerConfig(vocab_size=11, width=16, depth=2, heads=2, **options)
-    return ShapedTransformer(config, device=DEVICE)
+    return ShapedTransformer(config, device=device)
 
 
 # The calls
@@ -171,29 +189,31 @@ def as_if_compiling(monkeypatch):
 
 @pytest.mark.parametrize("under_autocast", [False, True])
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
-def test_attention_calls_what_torch_2_11_traces(as_if_compiling, impl, under_autocast):
-    with record_calls() as calls, autocast(under_autocast):
+def test_attention_calls_what_torch_2_11_traces(as_if_compiling, impl, under_autocast, device):
+    with record_calls() as calls, autocast(device, under_autocast):
         for options in CALLS.values():
-            shaped_attention(*tensors(impl), impl=impl, return_lse=True, **options())
-        shaped_attention(*tensors(impl, 300), impl=impl, prior=USPA())  # more rows than a chunk
+            shaped_attention(*tensors(device, impl), impl=impl, return_lse=True, **options(device))
+        shaped_attention(
+            *tensors(device, impl, 300), impl=impl, prior=USPA()
+        )  # more rows than a chunk
     assert calls - TRACED == set()
 
 
 @pytest.mark.parametrize("under_autocast", [False, True])
 @pytest.mark.parametrize("options", MODELS, ids=str)
-def test_models_call_what_torch_2_11_traces(as_if_compiling, options, under_autocast):
-    network, x = model(**options), torch.randint(11, (2, 6), device=DEVICE)
-    with record_calls() as calls, autocast(under_autocast):
+def test_models_call_what_torch_2_11_traces(as_if_compiling, options, under_autocast, device):
+    network, x = model(device, **options), torch.randint(11, (2, 6)).to(device)
+    with record_calls() as calls, autocast(device, under_autocast):
         network(x, x)
     assert calls - TRACED == set()
 
 
 @pytest.mark.parametrize("under_autocast", [False, True])
-def test_projection_of_a_stack_calls_what_torch_2_11_traces(under_autocast):
-    projection = Projection(16, 16, device=DEVICE)
+def test_projection_of_a_stack_calls_what_torch_2_11_traces(under_autocast, device):
+    projection = Projection(16, 16, device=device)
     projection.weight = torch.nn.Parameter(projection.weight.expand(3, 16, 16).clone())
-    x = torch.randn(3, 5, 16, device=DEVICE)
-    with record_calls() as calls, autocast(under_autocast):
+    x = torch.randn(3, 5, 16).to(device)
+    with record_calls() as calls, autocast(device, under_autocast):
         projection(x, x, 0.5, 0.5)
         projection(x)
     assert calls - TRACED == set()
@@ -226,31 +246,31 @@ def assert_compiles(function, *inputs):
 @pytest.mark.parametrize(
     "impl", ["torch", *(pytest.param(x, marks=pytest.mark.slow) for x in ("triton", "reference"))]
 )
-def test_attention_compiles_to_one_graph(fresh_compiler, impl, name, under_autocast):
-    options = CALLS[name]()
-    inputs = tensors(impl)
+def test_attention_compiles_to_one_graph(fresh_compiler, impl, name, under_autocast, device):
+    options = CALLS[name](device)
+    inputs = tensors(device, impl)
 
     def attend(*inputs):
         return shaped_attention(*inputs, impl=impl, return_lse=True, **options)
 
-    with autocast(under_autocast):
+    with autocast(device, under_autocast):
         assert_compiles(attend, *inputs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", MODELS, ids=str)
-def test_models_compile_to_one_graph(fresh_compiler, options):
-    x = torch.randint(11, (2, 6), device=DEVICE)
-    with autocast(True):
-        assert_compiles(model(**options), x, x)
+def test_models_compile_to_one_graph(fresh_compiler, options, device):
+    x = torch.randint(11, (2, 6)).to(device)
+    with autocast(device, True):
+        assert_compiles(model(device, **options), x, x)
 
 
-def test_meta_tensors_compile(fresh_compiler):
+def test_meta_tensors_compile(fresh_compiler, device):
     q = torch.randn(1, 2, 8, 16, device="meta")
 
     def attend(q):
         return shaped_attention(q, q, q, is_causal=True, prior=ESPA(3.0, 0.1))
 
-    with autocast(True):
+    with autocast(device, True):
         found = torch.compile(attend, fullgraph=True, backend="eager")(q)
     assert found.shape == q.shape and found.dtype == q.dtype

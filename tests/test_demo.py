@@ -23,7 +23,6 @@ from shaped_attn.demo.model import Decoder, ModelConfig
 from shaped_attn.prediction import format_number
 from shaped_attn.train.data import load_standard_library
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY_MODEL = ModelConfig(layers=2, width=32, heads=2, length=32)
 TINY_TRAINING = training.TrainingConfig(
     batch=4, learning_rate=1e-2, evaluations=3, validation_windows=6
@@ -33,10 +32,10 @@ TINY_COVARIANCE = covariance.CovarianceConfig(
 )
 
 
-def settings(output, **changes):
+def settings(device, output, **changes):
     base = run.Settings(
         output=output,
-        device=DEVICE,
+        device=device,
         command="shaped-attn demo --steps 40 <&>",
         check_impls=("torch",),
         steps=40,
@@ -57,20 +56,20 @@ def corpus():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, device):
     """One whole run: its result, its page and what it printed."""
     output = tmp_path_factory.mktemp("demo")
     console = Console(file=io.StringIO(), width=100)
-    result = run.run(settings(output), console)
+    result = run.run(settings(device, output), console)
     return result, output, console.file.getvalue()
 
 
 # The models
 
 
-def test_shaped_and_plain_start_from_the_same_weights():
-    shaped = training.build(TINY_MODEL, 3, DEVICE)
-    plain = training.build(replace(TINY_MODEL, attention="plain"), 3, DEVICE)
+def test_shaped_and_plain_start_from_the_same_weights(device):
+    shaped = training.build(TINY_MODEL, 3, device)
+    plain = training.build(replace(TINY_MODEL, attention="plain"), 3, device)
     state = shaped.state_dict()
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, state.pop(name)), name
@@ -78,26 +77,26 @@ def test_shaped_and_plain_start_from_the_same_weights():
     assert all(name.endswith("_gain") and (gain == 1).all() for name, gain in state.items())
 
 
-def test_attention_starts_as_identity_or_as_average():
-    tokens = torch.arange(16, device=DEVICE)
+def test_attention_starts_as_identity_or_as_average(device):
+    tokens = torch.arange(16, device=device)
     lower = torch.ones(16, 16).tril()
     for attention, expected in (
         ("shaped", torch.eye(16)),
         ("plain", lower / lower.sum(1, keepdim=True)),
     ):
-        model = training.build(replace(TINY_MODEL, attention=attention), 0, DEVICE)
+        model = training.build(replace(TINY_MODEL, attention=attention), 0, device)
         maps = model.attention_maps(tokens)
         assert maps.shape == (2, 2, 16, 16)
         torch.testing.assert_close(maps, expected.expand_as(maps), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["shaped", "plain"])
-def test_pictures_are_the_matrices_of_the_formula(attention):
-    model = training.build(replace(TINY_MODEL, attention=attention), 0, DEVICE)
+def test_pictures_are_the_matrices_of_the_formula(attention, device):
+    model = training.build(replace(TINY_MODEL, attention=attention), 0, device)
     with torch.no_grad():
         for parameter in model.parameters():  # away from the start, where logits are zero
-            parameter += 0.3 * torch.randn_like(parameter)
-    tokens = torch.randint(256, (24,), device=DEVICE)
+            parameter += 0.3 * torch.randn(parameter.shape).to(device)
+    tokens = torch.randint(256, (24,)).to(device)
     maps = model.attention_maps(tokens)
 
     first = model.blocks[0]
@@ -116,16 +115,16 @@ def test_pictures_are_the_matrices_of_the_formula(attention):
             for gain in (gains.identity_gain, gains.softmax_gain, gains.center_gain)
         )
     expected = identity * torch.eye(24) + scale * softmax - center * average
-    tolerance = 1e-2 if DEVICE.type == "cuda" else 1e-5
+    tolerance = 1e-2 if device.type == "cuda" else 1e-5
     torch.testing.assert_close(maps[0].double(), expected, atol=tolerance, rtol=0)
     assert maps[0].abs().sum() > 1
 
 
-def test_a_decoder_does_not_see_the_future():
-    model = training.build(TINY_MODEL, 0, DEVICE)
+def test_a_decoder_does_not_see_the_future(device):
+    model = training.build(TINY_MODEL, 0, device)
     with torch.no_grad():
         model.blocks[0].attention.query_key_value.weight.normal_()
-        tokens = torch.randint(256, (1, 20), device=DEVICE)
+        tokens = torch.randint(256, (1, 20)).to(device)
         changed = tokens.clone()
         changed[0, 12:] = (changed[0, 12:] + 1) % 256
         before, after = model(tokens), model(changed)
@@ -133,8 +132,8 @@ def test_a_decoder_does_not_see_the_future():
     assert not torch.allclose(before[0, 12:], after[0, 12:])
 
 
-def test_generation_follows_the_generator_and_goes_past_the_context():
-    model = training.build(TINY_MODEL, 0, DEVICE)
+def test_generation_follows_the_generator_and_goes_past_the_context(device):
+    model = training.build(TINY_MODEL, 0, device)
     prompt = torch.tensor(list(b"def "))
     texts = [model.generate(prompt, 40, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
@@ -156,28 +155,28 @@ def test_impossible_models_are_refused(options, message):
 # Training
 
 
-def train(corpus, steps=6, **options):
+def train(device, corpus, steps=6, **options):
     models = {
-        name: training.build(replace(TINY_MODEL, attention=name), 0, DEVICE)
+        name: training.build(replace(TINY_MODEL, attention=name), 0, device)
         for name in ("shaped", "plain")
     }
-    return training.train(models, corpus, TINY_TRAINING, DEVICE, steps, **options)
+    return training.train(models, corpus, TINY_TRAINING, device, steps, **options)
 
 
-def test_training_is_reproducible_and_gives_every_model_the_same_batches(corpus):
-    first, second = train(corpus), train(corpus)
+def test_training_is_reproducible_and_gives_every_model_the_same_batches(corpus, device):
+    first, second = train(device, corpus), train(device, corpus)
     for name in ("shaped", "plain"):
         assert first.runs[name].train_loss == pytest.approx(second.runs[name].train_loss, rel=1e-4)
         assert [step for step, _ in first.runs[name].validation] == [0, 2, 4, 6]
     # Two models of the same kind and start see the same data: their losses agree.
-    twins = {name: training.build(TINY_MODEL, 0, DEVICE) for name in ("one", "two")}
-    runs = training.train(twins, corpus, TINY_TRAINING, DEVICE, 3).runs
+    twins = {name: training.build(TINY_MODEL, 0, device) for name in ("one", "two")}
+    runs = training.train(twins, corpus, TINY_TRAINING, device, 3).runs
     assert runs["one"].train_loss == pytest.approx(runs["two"].train_loss, rel=1e-4)
     assert training.paired_difference(runs["one"], runs["two"])[0] == pytest.approx(0, abs=1e-4)
 
 
-def test_training_moves_the_gains_of_the_shaped_model_only(corpus):
-    runs = train(corpus).runs
+def test_training_moves_the_gains_of_the_shaped_model_only(corpus, device):
+    runs = train(device, corpus).runs
     gains = runs["shaped"].model.learned_gains()
     assert len(gains) == TINY_MODEL.layers
     for layer in gains:
@@ -187,21 +186,21 @@ def test_training_moves_the_gains_of_the_shaped_model_only(corpus):
     assert runs["plain"].model.learned_gains() == []
 
 
-def test_a_stop_request_ends_all_models_at_the_same_step(corpus):
+def test_a_stop_request_ends_all_models_at_the_same_step(corpus, device):
     stop = interrupt.StopRequest()
 
     def on_progress(progress):
         stop.is_set = progress.step == 3
 
-    result = train(corpus, stop=stop, on_progress=on_progress)
+    result = train(device, corpus, stop=stop, on_progress=on_progress)
     assert result.stopped == "interrupt"
     assert result.steps == 3
     assert {len(run.train_loss) for run in result.runs.values()} == {3}
     assert {run.validation[-1][0] for run in result.runs.values()} == {3}
 
 
-def test_the_time_limit_ends_training(corpus):
-    result = train(corpus, time_limit=0.0)
+def test_the_time_limit_ends_training(corpus, device):
+    result = train(device, corpus, time_limit=0.0)
     assert (result.stopped, result.steps) == ("time limit", 0)
 
 
@@ -237,11 +236,11 @@ def test_weight_decay_is_for_matrices():
     assert rates[id(model.blocks[0].attention.center_gain)] == config.gain_learning_rate
 
 
-def test_calibration_fits_steps_into_the_time(corpus):
+def test_calibration_fits_steps_into_the_time(corpus, device):
     threads = torch.get_num_threads()
     try:
         configs = {"shaped": TINY_MODEL, "plain": replace(TINY_MODEL, attention="plain")}
-        found = training.calibrate(configs, corpus, TINY_TRAINING, DEVICE)
+        found = training.calibrate(configs, corpus, TINY_TRAINING, device)
     finally:
         torch.set_num_threads(threads)
     assert found.step > 0
@@ -409,8 +408,8 @@ def test_a_page_can_show_a_run_that_diverged(finished):
     assert "lower loss" not in text
 
 
-def test_a_model_that_diverged_writes_nothing():
-    model = training.build(TINY_MODEL, 0, DEVICE)
+def test_a_model_that_diverged_writes_nothing(device):
+    model = training.build(TINY_MODEL, 0, device)
     with torch.no_grad():
         model.head.weight.fill_(math.nan)
     assert model.generate(torch.tensor([65]), 5, torch.Generator()) == b""
@@ -425,9 +424,9 @@ class Interrupting(Console):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_an_interrupt_writes_the_page_with_what_there_is(tmp_path):
+def test_an_interrupt_writes_the_page_with_what_there_is(tmp_path, device):
     console = Interrupting(file=io.StringIO(), width=100)
-    result = run.run(settings(tmp_path), console)
+    result = run.run(settings(device, tmp_path), console)
     assert result.training.stopped == "interrupt"
     assert 0 < result.training.steps < 40
     assert result.covariance.is_complete
@@ -452,10 +451,10 @@ def interrupt_networks(monkeypatch, share):
     monkeypatch.setattr(covariance, "measure", measure_and_press)
 
 
-def test_an_interrupt_of_the_networks_shows_those_that_are_finished(tmp_path, monkeypatch):
+def test_an_interrupt_of_the_networks_shows_those_that_are_finished(tmp_path, monkeypatch, device):
     interrupt_networks(monkeypatch, 0.6)
     console = Console(file=io.StringIO(), width=100)
-    result = run.run(settings(tmp_path), console)
+    result = run.run(settings(device, tmp_path), console)
     assert result.covariance.networks.paths == 20
     assert (result.training.stopped, result.training.steps) == ("interrupt", 0)
     reader = Reader((tmp_path / run.PAGE).read_text(encoding="utf-8"))
@@ -472,7 +471,7 @@ def test_an_interrupt_of_the_networks_shows_those_that_are_finished(tmp_path, mo
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_interrupt_ends_the_demo(tmp_path, monkeypatch):
+def test_a_second_interrupt_ends_the_demo(tmp_path, monkeypatch, device):
     interrupt_networks(monkeypatch, 0.6)
     load = run.load_standard_library
 
@@ -482,11 +481,11 @@ def test_a_second_interrupt_ends_the_demo(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "load_standard_library", press)
     with pytest.raises(KeyboardInterrupt):
-        run.run(settings(tmp_path), Console(file=io.StringIO()))
+        run.run(settings(device, tmp_path), Console(file=io.StringIO()))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_training_gets_less_time_if_the_networks_take_long(tmp_path, monkeypatch):
+def test_training_gets_less_time_if_the_networks_take_long(tmp_path, monkeypatch, device):
     measure, train, clock = covariance.measure, training.train, run.time.perf_counter
     lost, seen = 50.0, {}
 
@@ -509,7 +508,7 @@ def test_training_gets_less_time_if_the_networks_take_long(tmp_path, monkeypatch
     try:
         torch.set_num_threads(2)
         begin = clock()
-        run.run(settings(tmp_path, steps=None, seconds=30.0), Console(file=io.StringIO()))
+        run.run(settings(device, tmp_path, steps=None, seconds=30.0), Console(file=io.StringIO()))
         whole = clock() - begin
     finally:
         torch.set_num_threads(threads)
