@@ -18,11 +18,6 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Markers of what a machine with a GPU cannot show; they are described in pyproject.toml.
-SKIPPED_ON_A_GPU = {
-    "cpu": "says something about the default implementation of a CPU",
-    "interpreter": "says something about Triton's interpreter, which is off where there is a GPU",
-}
 
 # Every xdist worker would otherwise start one thread per core.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -33,9 +28,8 @@ if _workers > 1:
 def pytest_runtest_setup(item):
     if not HAS_GPU and item.get_closest_marker("gpu"):
         pytest.skip("needs a GPU for its size or number of calls")
-    for name, reason in SKIPPED_ON_A_GPU.items():
-        if HAS_GPU and item.get_closest_marker(name):
-            pytest.skip(reason)
+    if HAS_GPU and item.get_closest_marker("interpreter"):
+        pytest.skip("says something about Triton's interpreter, which is off where there is a GPU")
 
 
 @pytest.fixture(scope="session")

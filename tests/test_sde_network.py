@@ -7,6 +7,7 @@ import torch
 
 from shaped_attn.nn import Projection
 from shaped_attn.sde import CovarianceSDE, Detuning, FiniteNetwork, compare, equicorrelated, moments
+from shaped_attn.testing import relative_error, rounding_error
 
 DTYPE = torch.float64
 
@@ -308,6 +309,21 @@ def test_the_input_has_exactly_the_covariance_v0(method):
     torch.testing.assert_close(start, v0.expand_as(start), rtol=1e-12, atol=1e-12)
     assert torch.equal(sample.times, torch.arange(3, dtype=DTYPE) / 24)
     assert (sample.source, sample.paths, sample.is_complete) == (method, 20, True)
+
+
+@pytest.mark.parametrize("method", ["network", "chain"])
+def test_networks_run_where_v0_is(method, device):
+    network = FiniteNetwork(width=24, depth=2, heads=2)
+    v0 = generic(4).to(device)
+    sample = network.sample(v0, 20, torch.Generator(device).manual_seed(0), method=method)
+    found = (sample.covariances, sample.stop_times, sample.exploded)
+    assert all(x.device == device for x in found)
+    assert sample.covariances.isfinite().all()
+    start = sample.covariances[0]
+    # Sums of 4 in X, in float32, and of 24 in V.
+    assert relative_error(start, v0.expand_as(start)) <= (2 * 4 + 24) * rounding_error(
+        torch.float32
+    )
 
 
 def test_weights_differ_between_layers_and_networks():

@@ -961,6 +961,15 @@ class TestRandomNumbers:
         assert torch.equal(first, second) and first.dtype == dtype
         assert not torch.equal(first, self.sample(integrator, seeded(4), dtype))
 
+    def test_paths_run_where_v0_is(self, integrator, device):
+        sde = CovarianceSDE(heads=2, out_proj="gaussian")
+        v0 = equicorrelated(3, 0.2, device=device)
+        source = torch.Generator(device).manual_seed(0)
+        sample = sde.sample(v0, **self.arguments, generator=source, integrator=integrator)
+        found = (sample.covariances, sample.stop_times, sample.exploded)
+        assert all(x.device == device for x in found)
+        assert sample.covariances.isfinite().all()
+
     def test_default_is_that_of_torch(self, integrator):
         found = []
         for seed in (1, 1, 2):

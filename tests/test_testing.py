@@ -70,6 +70,13 @@ def test_inputs_are_finite_and_reproducible(dtype):
         assert [x.dtype for x in first] == [dtype] * 3 + [torch.float64]
 
 
+def test_inputs_are_equal_on_every_device(device):
+    case = Case(dtype=torch.bfloat16, residual_dtype=torch.float32)
+    for drawn, found in zip(make_inputs(case), make_inputs(case, device=device), strict=True):
+        assert found.device == device and torch.equal(found.cpu(), drawn)
+    assert make_inputs(Case(), device=device).residual is None
+
+
 def test_case_id():
     case = Case(2, 4, 2, 111, 130, 64, 32, torch.bfloat16, is_causal=True)
     assert case.id == "B2-T111-S130-H4-HKV2-D64-DV32-bf16-causal"
