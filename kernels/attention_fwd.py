@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .columns import pad_columns, trim_columns
 from .configs import block_width, pick_config
 from .primitives import (
     LN_2,
@@ -25,8 +23,10 @@ from .primitives import (
     store_tile,
     visible_keys,
 )
-from .priors import UNIFORM, Prior
 from .value_sums import value_block_sums, visible_value_sum
+
+if TYPE_CHECKING:
+    from .attention import Call, ForwardResult
 
 
 @triton.jit
@@ -286,92 +286,27 @@ def attention_fwd_kernel(
     store_tile(out_base, row, T, out_strides[2:], out, DV, BLOCK_T, BLOCK_DV, WIDE)
 
 
-class ForwardResult(NamedTuple):
-    """What one forward launch returns.
-
-    out (B, H, T, Dv) and lse (B, H, T) are the results. The others are for the backward, empty
-    unless saved, their Dv is the `padded_width`: excess (B, H, T, Dv) is the centred softmax part
-    Z, or the softmax part itself when nothing is centred; center (B, H, T, Dv) float32 is the
-    centre, kept only where a mask or a prior weighs the keys; row_stats (3, B, H, T) float32 holds
-    m of (3), one over the normaliser, and the sum of weights (n, or D of a prior).
-    """
-
-    out: torch.Tensor
-    lse: torch.Tensor
-    excess: torch.Tensor
-    center: torch.Tensor
-    row_stats: torch.Tensor
-
-
-def is_centered(center_gain: float | torch.Tensor) -> bool:
-    """Whether the centre takes part: only a fixed gain of zero leaves it out."""
-    return isinstance(center_gain, torch.Tensor) or center_gain != 0.0
-
-
-def attention_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    residual: torch.Tensor | None,
-    gains: tuple[float | torch.Tensor, ...],
-    *,
-    is_causal: bool,
-    q_offset: int,
-    key_start: torch.Tensor | None,
-    key_end: torch.Tensor | None,
-    attn_mask: torch.Tensor | None,
-    save_for_backward: bool,
-    prior: Prior = UNIFORM,
-    prior_parameters: tuple | None = None,
-) -> ForwardResult:
-    """Launch the forward kernel.
-
-    gains: identity, softmax, center, skip, branch gain and scale, each a number or a Tensor of
-    shape () or (H,). attn_mask: bool, expanded to (B, H, T, S). The rest as in
-    `shaped_attn.shaped_attention`; arguments are taken as already checked.
-    """
-    value_dim = v.shape[3]
-    q, k, v, residual = (pad_columns(x) for x in (q, k, v, residual))
+def launch_forward(call: Call, result: ForwardResult) -> None:
+    """Launch the forward kernel, which fills `result`; both as in `attention`."""
+    q, k, v, residual, gains, visibility, prior, prior_parameters = call
     B, H, T, D = q.shape
     HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
-    device = q.device
-    centered = is_centered(gains[2])
-    weighed_by = launch.weighed_by(attn_mask, prior)
-    weighed = weighed_by is not None
-    out_dtype = q.dtype if residual is None else residual.dtype
-    out = torch.empty((B, H, T, DV), dtype=out_dtype, device=device)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=device)
-    keeps_center = save_for_backward and centered and weighed
-    excess = torch.empty((B, H, T, DV) if save_for_backward else (0,), dtype=q.dtype, device=device)
-    center = torch.empty(
-        (B, H, T, DV) if keeps_center else (0,), dtype=torch.float32, device=device
-    )
-    row_stats = torch.empty(
-        (3, B, H, T) if save_for_backward else (0,), dtype=torch.float32, device=device
-    )
-    if out.numel() == 0:
-        out = trim_columns(out, value_dim)
-        return ForwardResult(out, lse, excess, center, row_stats)
-
+    centered, weighed_by = call.is_centered, call.weighed_by
     arch = launch.architecture(q)
     config = pick_config("forward", D, DV, q.element_size(), arch, weighed_by=weighed_by)
     with launch.on_device(q):
-        block_sums = value_block_sums(v, config) if centered and not weighed else None
+        block_sums = value_block_sums(v, config) if centered and weighed_by is None else None
         values, gain_strides, gain_is_tensor = launch.gain_arguments(gains)
         attention_fwd_kernel[(triton.cdiv(T, config.block_t) * B * H,)](
             q,
             k,
             v,
             residual,
-            out,
-            lse,
-            excess if save_for_backward else None,
-            center if keeps_center else None,
-            row_stats if save_for_backward else None,
+            *result,
             block_sums,
-            launch.as_bytes(attn_mask),
-            key_start,
-            key_end,
+            launch.as_bytes(visibility.attn_mask),
+            visibility.key_start,
+            visibility.key_end,
             prior_parameters,
             values,
             gain_strides,
@@ -379,14 +314,14 @@ def attention_fwd(
             k.stride(),
             v.stride(),
             launch.strides(residual),
-            out.stride(),
-            launch.strides(attn_mask),
+            result.out.stride(),
+            launch.strides(visibility.attn_mask),
             H,
             H // HKV,
             T,
             S,
-            launch.clamp_offset(q_offset),
-            launch.diagonal(is_causal, q_offset, T, S),
+            launch.clamp_offset(visibility.q_offset),
+            launch.diagonal(visibility, T, S),
             D=D,
             DV=DV,
             BLOCK_D=block_width(D),
@@ -394,14 +329,13 @@ def attention_fwd(
             BLOCK_T=config.block_t,
             BLOCK_S=config.block_s,
             SUM_BLOCK=config.sum_block,
-            HAS_IDENTITY=isinstance(gains[0], torch.Tensor) or gains[0] != 0.0,
+            HAS_IDENTITY=call.has_identity,
             CENTERED=centered,
             GAIN_IS_TENSOR=gain_is_tensor,
             ADD_LOG2_PRIOR=prior.add_log2,
             TIMES_PRIOR=prior.times,
             UNIFORM_PRIOR=prior.is_uniform,
-            WIDE=launch.needs_wide_index(config, q, k, v, residual, attn_mask),
+            WIDE=launch.needs_wide_index(config, q, k, v, residual, visibility.attn_mask),
             DOT_PRECISION=launch.dot_precision(q.dtype, arch, D, DV),
             **launch.launch_options(config),
         )
-    return ForwardResult(trim_columns(out, value_dim), lse, excess, center, row_stats)

@@ -28,9 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from ..visibility import Visibility
 from . import configs, launch
-from .attention_bwd import attention_bwd
-from .attention_fwd import attention_fwd
+from .attention import Needs, attention_bwd, attention_fwd
 from .priors import PRIORS, prior_parameters
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
@@ -199,13 +199,8 @@ def compile_case(case: Case) -> list[Row]:
     }[case.variant.gains]
     key_start = tensor(B, dtype=torch.int32) if case.variant.has_key_range else None
     mask = tensor(B, 1, T, T, dtype=torch.bool).expand(B, H, T, T)
-    options = {
-        "is_causal": True,
-        "q_offset": 0,
-        "key_start": key_start,
-        "key_end": key_start,
-        "attn_mask": mask if case.variant.has_mask else None,
-    }
+    attn_mask = mask if case.variant.has_mask else None
+    visibility = Visibility(True, 0, key_start, key_start, attn_mask)
     learnable = case.variant.gains == "tensor"
     prior = {}
     if case.variant.prior is not None:
@@ -216,23 +211,15 @@ def compile_case(case: Case) -> list[Row]:
             "prior_parameters": prior_parameters(case.variant.prior, values, H, T, T, 0),
         }
     with _compiling_for(case.arch) as compiled:
-        saved = attention_fwd(q, k, v, residual, gains, **options, **prior, save_for_backward=True)
-        attention_bwd(
-            tensor(B, H, T, D),
-            None,
-            q,
-            k,
-            v,
-            residual,
-            gains,
-            saved,
-            **options,
-            **prior,
-            needs_residual=residual is not None,
-            needs_gains=learnable,
-            needs_scale=learnable,
-            needs_prior=learnable and case.variant.prior is not None,
+        arguments = (q, k, v, residual, gains, visibility)
+        saved = attention_fwd(*arguments, **prior, save_for_backward=True)
+        needs = Needs(
+            residual=residual is not None,
+            gains=learnable,
+            scale=learnable,
+            prior=learnable and case.variant.prior is not None,
         )
+        attention_bwd(tensor(B, H, T, D), None, *arguments, *saved[2:], **prior, needs=needs)
     # The backward launches the block sums of v a second time, already compiled.
     first = {}
     for name, kernel, log in compiled:

@@ -6,12 +6,15 @@ import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 
 from .configs import TileConfig
-from .priors import Prior
+
+if TYPE_CHECKING:
+    from ..visibility import Visibility
 
 _INT32_MAX = 2**31 - 1
 
@@ -106,24 +109,17 @@ def strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
 
 
-def weighed_by(mask: torch.Tensor | None, prior: Prior) -> str | None:
-    """What weighs the keys of a row one by one, if anything does."""
-    if not prior.is_uniform:
-        return "prior"
-    return None if mask is None else "mask"
-
-
 def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
     """View a boolean mask as bytes without copying or expanding it."""
     return None if mask is None else mask.view(torch.uint8)
 
 
-def diagonal(is_causal: bool, q_offset: int, T: int, S: int) -> int:
+def diagonal(visibility: Visibility, T: int, S: int) -> int:
     """Row i sees keys below `i + diagonal`; without a causal mask this is past every key.
 
     Clamped to where it still matters, so that any Python integer is a valid `q_offset`.
     """
-    return min(max(q_offset + 1, -T), S) if is_causal else S
+    return min(max(visibility.q_offset + 1, -T), S) if visibility.is_causal else S
 
 
 def clamp_offset(q_offset: int) -> int:

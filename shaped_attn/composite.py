@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .arguments import Gain, Gains, accumulation_dtype, is_zero, output_dtype, per_head
 from .priors import PriorTable
+from .visibility import Visibility
 
 # Query rows per chunk where a mask depends on the query.
 CHUNK_ROWS = 256
@@ -29,12 +30,8 @@ def attention(
     v: Tensor,
     residual: Tensor | None,
     gains: Gains,
+    visibility: Visibility,
     *,
-    is_causal: bool,
-    q_offset: int,
-    key_start: Tensor | None = None,
-    key_end: Tensor | None = None,
-    attn_mask: Tensor | None = None,
     prior: PriorTable | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -46,9 +43,10 @@ def attention(
     dtype = accumulation_dtype(q.dtype)
     out_dtype = output_dtype(q, residual)
     queries, keys = q.shape[2], k.shape[2]
+    is_causal, q_offset, key_start, key_end, attn_mask = visibility
     if is_causal and q_offset >= keys - 1:
         is_causal = False  # no key is behind any query
-    visible = _Visibility(
+    visible = _VisibleKeys(
         queries=queries,
         keys=keys,
         is_causal=is_causal,
@@ -109,8 +107,8 @@ def attention(
 
 
 @dataclass(frozen=True)
-class _Visibility:
-    """Which of the S keys each of the T queries sees."""
+class _VisibleKeys:
+    """A `Visibility` of known sizes and prior, and the masks that follow from it."""
 
     queries: int
     keys: int
@@ -196,7 +194,7 @@ class _Visibility:
         return end.clamp(min=0)
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: _Visibility) -> Tensor:
+def _softmax(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: _VisibleKeys) -> Tensor:
     if visible.suits_sdpa and _has_fused_sdpa(q):
         return _sdpa(q, k, v, scale, is_causal=visible.is_causal)
     return _by_rows(_masked_rows, q, k, v, scale, visible, True, False)[0]
@@ -208,7 +206,7 @@ def _by_rows(
     k: Tensor,
     v: Tensor,
     scale: float,
-    visible: _Visibility,
+    visible: _VisibleKeys,
     *flags: bool,
 ) -> list[Tensor | None]:
     """Apply ``function`` to chunks of query rows and concatenate each of its results.
@@ -251,7 +249,7 @@ def _masked_rows(
     k: Tensor,
     v: Tensor,
     scale: float,
-    visible: _Visibility,
+    visible: _VisibleKeys,
     start: int,
     stop: int,
     with_softmax: bool,
@@ -279,7 +277,7 @@ def _prior_rows(
     k: Tensor,
     v: Tensor,
     scale: float,
-    visible: _Visibility,
+    visible: _VisibleKeys,
     start: int,
     stop: int,
     with_softmax: bool,
@@ -310,7 +308,7 @@ def _prior_rows(
 
 
 def _lse_rows(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: _Visibility, start: int, stop: int
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: _VisibleKeys, start: int, stop: int
 ) -> tuple[Tensor]:
     """Return the log-sum-exp of the visible logits of the queries start to stop."""
     logits = scale * (q @ _to_heads(k, q).transpose(-1, -2))
@@ -327,7 +325,7 @@ def _lse_rows(
     return (logits.logsumexp(-1).masked_fill(~seen.squeeze(-1), -torch.inf),)
 
 
-def _visible_mean(v: Tensor, visible: _Visibility) -> tuple[Tensor, Tensor | None]:
+def _visible_mean(v: Tensor, visible: _VisibleKeys) -> tuple[Tensor, Tensor | None]:
     """Return the mean of v over the visible keys, (B, Hkv, T or 1, Dv), and where there is one.
 
     Rows of v outside the key range are zero.

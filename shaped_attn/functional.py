@@ -10,6 +10,7 @@ from torch import Tensor
 from . import composite, ops, reference, validation
 from .arguments import Gain, Gains
 from .priors import ESPA, USPA, resolve_prior
+from .visibility import Visibility
 
 # torch.amp.is_autocast_available tells too, but torch 2.11 cannot compile it.
 NO_AUTOCAST = ("fpga", "hip", "ideep", "lazy", "meta", "mkldnn", "opencl", "opengl", "ve", "vulkan")
@@ -129,58 +130,36 @@ def shaped_attention(
         - He and Hofmann, Simplifying Transformer Blocks, arXiv 2311.01906, equation 5: the three
           gains, trained per head.
     """
-    validation.check_tensors(q, k, v, residual)
+    gains = Gains(identity_gain, softmax_gain, center_gain, skip_gain, branch_gain, scale)
+    visibility = Visibility(is_causal, q_offset, key_start, key_end, attn_mask)
+    gains = validation.check_types(q, k, v, residual, gains, visibility)
+    validation.check_flag("return_lse", return_lse)
     device_type = q.device.type
     under_autocast = is_autocast(q)
     if under_autocast:
         q, k, v, residual = _autocast(q, k, v, residual, torch.get_autocast_dtype(device_type))
-    gains, q_offset, attn_mask = validation.check_call(
-        q,
-        k,
-        v,
-        residual,
-        Gains(identity_gain, softmax_gain, center_gain, skip_gain, branch_gain, scale),
-        q_offset=q_offset,
-        key_start=key_start,
-        key_end=key_end,
-        attn_mask=attn_mask,
-    )
-    validation.check_flag("is_causal", is_causal)
-    validation.check_flag("return_lse", return_lse)
-    impl = validation.resolve_impl(impl, q, v, residual)
-    table = resolve_prior(
-        prior,
-        q,
-        k,
-        is_causal=is_causal,
-        q_offset=q_offset,
-        key_start=key_start,
-        key_end=key_end,
-    )
-
-    visibility = {
-        "is_causal": is_causal,
-        "q_offset": q_offset,
-        "key_start": key_start,
-        "key_end": key_end,
-        "attn_mask": attn_mask,
-    }
-    if impl == "triton":
-        out, lse = ops.attention_from_gains(q, k, v, residual, gains, **visibility, prior=table)
+    impl = validation.resolve_impl(impl, q)
+    table = None
+    if impl != "triton" or prior is not None:
+        gains, visibility = validation.check_call(q, k, v, residual, gains, visibility)
+        table = resolve_prior(prior, q, k, visibility)
+    if impl == "triton":  # the operator checks the rest itself
+        out, lse = ops.attention_from_gains(q, k, v, residual, gains, visibility, prior=table)
         return (out, lse) if return_lse else out
     with torch.autocast(device_type, enabled=False) if under_autocast else nullcontext():
         if impl == "torch":
             out, lse = composite.attention(
-                q, k, v, residual, gains, **visibility, prior=table, return_lse=return_lse
+                q, k, v, residual, gains, visibility, prior=table, return_lse=return_lse
             )
         else:
             log_prior = None
             if table is not None:
+                q_offset, key_start = visibility.q_offset, visibility.key_start
                 log_prior = table.log_rows(
                     0, q.shape[2], k.shape[2], q_offset=q_offset, key_start=key_start
                 )
             out, lse = reference.attention(
-                q, k, v, residual, gains, **visibility, log_prior=log_prior
+                q, k, v, residual, gains, visibility, log_prior=log_prior
             )
     return (out, lse) if return_lse else out
 
@@ -194,8 +173,12 @@ def is_autocast(x: Tensor) -> bool:
 def _autocast(
     q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Cast as autocast does for a matmul (float64 stays), but never narrow the residual stream."""
-    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    if residual is not None:
+    """Cast as autocast does for a matmul (float64 stays), but never narrow the residual stream.
+
+    Dtypes that are no input at all stay too, for the error that names them.
+    """
+    castable = (torch.float16, torch.bfloat16, torch.float32)
+    q, k, v = (x.to(dtype) if x.dtype in castable else x for x in (q, k, v))
+    if residual is not None and residual.dtype in castable and q.is_floating_point():
         residual = residual.to(torch.promote_types(q.dtype, residual.dtype))
     return q, k, v, residual

@@ -7,21 +7,56 @@ the first call, not here.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, validation
-from .arguments import Gain, Gains, accumulation_dtype, output_dtype
+from .arguments import Gains, accumulation_dtype, is_zero, output_dtype
 from .priors import PriorTable, check_learnable, check_table
+from .visibility import Visibility
 
 NAMESPACE = "shaped_attn"
 
-_INPUTS = 14
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? residual=None"
-_GAINS = ", ".join(f"Tensor? {name}=None" for name in validation.GAIN_NAMES)
-_VISIBILITY = "Tensor? attn_mask=None, Tensor? key_start=None, Tensor? key_end=None"
-_PRIOR = "Tensor? prior=None"
+
+class Inputs(NamedTuple):
+    """The tensors of the operator, in the order of its schema.
+
+    The dispatcher drops trailing ones that are None: ``Inputs(*tensors)`` puts them back.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    residual: Tensor | None = None
+    identity_gain: Tensor | None = None
+    softmax_gain: Tensor | None = None
+    center_gain: Tensor | None = None
+    skip_gain: Tensor | None = None
+    branch_gain: Tensor | None = None
+    scale: Tensor | None = None
+    attn_mask: Tensor | None = None
+    key_start: Tensor | None = None
+    key_end: Tensor | None = None
+    prior: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """What the forward keeps for the backward beside its inputs; all empty but with the kernels."""
+
+    excess: Tensor
+    center: Tensor
+    row_stats: Tensor
+
+
+_GAINS = slice(Inputs._fields.index("identity_gain"), Inputs._fields.index("scale") + 1)
+_TENSORS = ", ".join(
+    f"Tensor? {name}=None" if name in Inputs._field_defaults else f"Tensor {name}"
+    for name in Inputs._fields
+)
+_SAVED = ", ".join(f"Tensor? {name}=None" for name in Saved._fields)
 _FIXED = ", ".join(f"float fixed_{name}=1.0" for name in validation.GAIN_NAMES[:5])
 _OPTIONS = (
     f"{_FIXED}, float? fixed_scale=None, bool is_causal=False, SymInt? q_offset=None,"
@@ -30,37 +65,56 @@ _OPTIONS = (
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
-    f"attention({_TENSORS}, {_GAINS}, {_VISIBILITY}, {_PRIOR}, *, {_OPTIONS},"
-    " bool save_for_backward=True)"
+    f"attention({_TENSORS}, *, {_OPTIONS}, bool save_for_backward=True)"
     " -> (Tensor out, Tensor lse, Tensor excess, Tensor center, Tensor row_stats)"
 )
 _library.define(
-    f"attention_backward(Tensor? d_out, Tensor? d_lse, {_TENSORS}, {_GAINS}, {_VISIBILITY},"
-    f" {_PRIOR}, Tensor? excess=None, Tensor? center=None, Tensor? row_stats=None, *, {_OPTIONS},"
+    f"attention_backward(Tensor? d_out, Tensor? d_lse, {_TENSORS}, {_SAVED}, *, {_OPTIONS},"
     " bool needs_residual=False, bool needs_gains=False, bool needs_scale=False,"
     " bool needs_prior=False) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_residual,"
     " Tensor d_gains, Tensor d_scale, Tensor d_prior)"
 )
+_attention_op = torch.ops.shaped_attn.attention.default
+_backward_op = torch.ops.shaped_attn.attention_backward.default
 
 
 def _uses_kernels(q: Tensor) -> bool:
     return q.device.type != "cpu" or validation.is_interpreted()
 
 
-def _merge(gains: tuple[Tensor | None, ...], fixed: tuple[float | None, ...]) -> Gains:
-    """Take the fixed value of each gain that is not a Tensor."""
-    return Gains(*(f if t is None else t for t, f in zip(gains, fixed, strict=True)))
+def _bind(
+    inputs: Inputs,
+    fixed_identity_gain: float = 1.0,
+    fixed_softmax_gain: float = 1.0,
+    fixed_center_gain: float = 1.0,
+    fixed_skip_gain: float = 1.0,
+    fixed_branch_gain: float = 1.0,
+    fixed_scale: float | None = None,
+    is_causal: bool = False,
+    q_offset: int | None = None,
+    prior_form: str = "dense",
+) -> tuple[Gains, Visibility, PriorTable | None]:
+    """Put the arguments of the operator together: gains that are tensors or numbers, and so on."""
+    fixed = (
+        fixed_identity_gain,
+        fixed_softmax_gain,
+        fixed_center_gain,
+        fixed_skip_gain,
+        fixed_branch_gain,
+        fixed_scale,
+    )
+    gains = Gains(*(f if t is None else t for t, f in zip(inputs[_GAINS], fixed, strict=True)))
+    visibility = Visibility(is_causal, q_offset, inputs.key_start, inputs.key_end, inputs.attn_mask)
+    table = None if inputs.prior is None else PriorTable(prior_form, inputs.prior)
+    return gains, visibility, table
 
 
-def _saved_shapes(q: Tensor, v: Tensor, is_weighed: bool, is_centered: bool, saves: bool):
-    """Shapes of excess, center and row_stats, which only the kernels keep."""
-    if not (saves and _uses_kernels(q)):
-        return (0,), (0,), (0,)
-    from .kernels.configs import padded_width
-
-    rows = tuple(q.shape[:3])
-    value_rows = (*rows, padded_width(v.shape[3]))
-    return value_rows, value_rows if is_weighed and is_centered else (0,), (3, *rows)
+def _checked(inputs: Inputs, options: dict) -> tuple[Gains, Visibility, PriorTable | None]:
+    """The only check of a call, whether it comes from `shaped_attention` or from elsewhere."""
+    q, k, v, residual = inputs[:4]
+    gains, visibility, table = _bind(inputs, **options)
+    gains, visibility = validation.check_call(q, k, v, residual, gains, visibility)
+    return gains, visibility, None if table is None else check_table(table, q, k)
 
 
 def _prior_options(table: PriorTable | None, q: Tensor, k: Tensor, q_offset: int) -> dict:
@@ -76,100 +130,45 @@ def _prior_options(table: PriorTable | None, q: Tensor, k: Tensor, q_offset: int
     }
 
 
-def _attention(
-    q,
-    k,
-    v,
-    residual=None,
-    identity_gain=None,
-    softmax_gain=None,
-    center_gain=None,
-    skip_gain=None,
-    branch_gain=None,
-    scale=None,
-    attn_mask=None,
-    key_start=None,
-    key_end=None,
-    prior=None,
-    *,
-    fixed_identity_gain=1.0,
-    fixed_softmax_gain=1.0,
-    fixed_center_gain=1.0,
-    fixed_skip_gain=1.0,
-    fixed_branch_gain=1.0,
-    fixed_scale=None,
-    is_causal=False,
-    q_offset=None,
-    prior_form="dense",
-    save_for_backward=True,
-):
-    validation.check_tensors(q, k, v, residual)
-    gains, q_offset, attn_mask = validation.check_call(
-        q,
-        k,
-        v,
-        residual,
-        _merge(
-            (identity_gain, softmax_gain, center_gain, skip_gain, branch_gain, scale),
-            (
-                fixed_identity_gain,
-                fixed_softmax_gain,
-                fixed_center_gain,
-                fixed_skip_gain,
-                fixed_branch_gain,
-                fixed_scale,
-            ),
-        ),
-        q_offset=q_offset,
-        key_start=key_start,
-        key_end=key_end,
-        attn_mask=attn_mask,
-    )
-    options = {
-        "is_causal": is_causal,
-        "q_offset": q_offset,
-        "key_start": key_start,
-        "key_end": key_end,
-        "attn_mask": attn_mask,
-    }
-    table = None if prior is None else check_table(PriorTable(prior_form, prior), q, k)
+def _attention(*tensors: Tensor | None, save_for_backward: bool = True, **options):
+    inputs = Inputs(*tensors)
+    q, k, v, residual = inputs[:4]
+    gains, visibility, table = _checked(inputs, options)
     if _uses_kernels(q):
-        validation.resolve_impl("triton", q, v, residual)
-        from .kernels.attention_fwd import attention_fwd
+        validation.check_kernel_limits(q, v, residual)
+        from .kernels.attention import attention_fwd
 
-        options |= _prior_options(table, q, k, q_offset)
-        return tuple(
-            attention_fwd(
-                q, k, v, residual, tuple(gains), **options, save_for_backward=save_for_backward
-            )
+        return attention_fwd(
+            q,
+            k,
+            v,
+            residual,
+            gains,
+            visibility,
+            save_for_backward=save_for_backward,
+            **_prior_options(table, q, k, visibility.q_offset),
         )
     with torch.no_grad():
         out, lse = composite.attention(
-            q, k, v, residual, gains, **options, prior=table, return_lse=True
+            q, k, v, residual, gains, visibility, prior=table, return_lse=True
         )
-    float32 = torch.float32
-    return (
-        out.contiguous(),
-        lse.contiguous(),
-        q.new_empty(0),
-        q.new_empty(0, dtype=float32),
-        q.new_empty(0, dtype=float32),
-    )
+    empty = q.new_empty(0, dtype=torch.float32)
+    return out.contiguous(), lse.contiguous(), q.new_empty(0), empty, empty.clone()
 
 
-def _attention_fake(
-    q, k, v, residual=None, *tensors, fixed_center_gain=1.0, save_for_backward=True, **options
-):
-    center_gain = _argument(tensors, 2)
-    attn_mask = _argument(tensors, 6)
-    excess, center, row_stats = _saved_shapes(
-        q,
-        v,
-        attn_mask is not None or _argument(tensors, 9) is not None,
-        center_gain is not None or fixed_center_gain != 0.0,
-        save_for_backward,
-    )
-    rows = q.shape[:3]
+def _attention_fake(*tensors: Tensor | None, save_for_backward: bool = True, **options):
+    inputs = Inputs(*tensors)
+    q, _, v, residual = inputs[:4]
+    gains, visibility, table = _checked(inputs, options)
+    rows = tuple(q.shape[:3])
+    excess = center = row_stats = (0,)
+    if save_for_backward and _uses_kernels(q):
+        from .kernels.configs import padded_width
+
+        is_weighed = visibility.attn_mask is not None or table is not None
+        excess = (*rows, padded_width(v.shape[3]))
+        center = excess if is_weighed and not is_zero(gains.center) else (0,)
+        row_stats = (3, *rows)
     return (
         q.new_empty((*rows, v.shape[3]), dtype=output_dtype(q, residual)),
         q.new_empty(rows, dtype=accumulation_dtype(q.dtype)),
@@ -179,99 +178,43 @@ def _attention_fake(
     )
 
 
-def _argument(tensors: tuple, position: int):
-    """Optional argument after `residual`, None where the dispatcher dropped a trailing default."""
-    return tensors[position] if position < len(tensors) else None
+def _split(tensors: tuple[Tensor | None, ...]) -> tuple[Inputs, Saved | None]:
+    """Inputs and what was saved, from the tensors of the backward after d_out and d_lse."""
+    inputs = Inputs(*tensors[: len(Inputs._fields)])
+    saved = tensors[len(Inputs._fields) :]
+    return inputs, Saved(*saved) if saved else None
 
 
 def _attention_backward(
-    d_out,
-    d_lse,
-    q,
-    k,
-    v,
-    residual=None,
-    identity_gain=None,
-    softmax_gain=None,
-    center_gain=None,
-    skip_gain=None,
-    branch_gain=None,
-    scale=None,
-    attn_mask=None,
-    key_start=None,
-    key_end=None,
-    prior=None,
-    excess=None,
-    center=None,
-    row_stats=None,
-    *,
-    fixed_identity_gain=1.0,
-    fixed_softmax_gain=1.0,
-    fixed_center_gain=1.0,
-    fixed_skip_gain=1.0,
-    fixed_branch_gain=1.0,
-    fixed_scale=None,
-    is_causal=False,
-    q_offset=None,
-    prior_form="dense",
-    needs_residual=False,
-    needs_gains=False,
-    needs_scale=False,
-    needs_prior=False,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    *tensors: Tensor | None,
+    needs_residual: bool = False,
+    needs_gains: bool = False,
+    needs_scale: bool = False,
+    needs_prior: bool = False,
+    **options,
 ):
-    gains, q_offset, attn_mask = validation.check_call(
-        q,
-        k,
-        v,
-        residual,
-        _merge(
-            (identity_gain, softmax_gain, center_gain, skip_gain, branch_gain, scale),
-            (
-                fixed_identity_gain,
-                fixed_softmax_gain,
-                fixed_center_gain,
-                fixed_skip_gain,
-                fixed_branch_gain,
-                fixed_scale,
-            ),
-        ),
-        q_offset=q_offset,
-        key_start=key_start,
-        key_end=key_end,
-        attn_mask=attn_mask,
-    )
-    options = {
-        "is_causal": is_causal,
-        "q_offset": q_offset,
-        "key_start": key_start,
-        "key_end": key_end,
-        "attn_mask": attn_mask,
-    }
+    inputs, saved = _split(tensors)
+    q, k, v, residual = inputs[:4]
+    gains, visibility, table = _bind(inputs, **options)
+    gains, visibility = validation.complete(q, k, gains, visibility)
     if d_out is None:
         shape = (*q.shape[:3], v.shape[3])
         d_out = q.new_zeros((), dtype=output_dtype(q, residual)).expand(shape)
-    needs = {
-        "needs_residual": needs_residual,
-        "needs_gains": needs_gains,
-        "needs_scale": needs_scale,
-        "needs_prior": needs_prior,
-    }
-    table = None if prior is None else PriorTable(prior_form, prior)
+    arguments = (d_out, d_lse, q, k, v, residual, gains, visibility)
+    needs = (needs_residual, needs_gains, needs_scale, needs_prior)
     if _uses_kernels(q):
-        from .kernels.attention_bwd import attention_bwd
-        from .kernels.attention_fwd import ForwardResult
+        from .kernels.attention import Needs, attention_bwd
 
         if needs_prior:
             check_learnable(table)
-        options |= _prior_options(table, q, k, q_offset)
-        saved = ForwardResult(q, q, excess, center, row_stats)
-        grads = attention_bwd(
-            d_out, d_lse, q, k, v, residual, tuple(gains), saved, **options, **needs
-        )
+        prior_options = _prior_options(table, q, k, visibility.q_offset)
+        grads = attention_bwd(*arguments, *saved, needs=Needs(*needs), **prior_options)
     else:
-        grads = _composite_backward(d_out, d_lse, q, k, v, residual, gains, table, options, **needs)
+        grads = _composite_backward(*arguments, table, *needs)
     if needs_prior:
-        d_prior = grads[6]
+        d_prior, prior = grads[6], inputs.prior
         # A table that the heads share; a gradient of the composite has its shape already.
         d_prior = d_prior if d_prior.shape == prior.shape else d_prior.sum(0, keepdim=True)
         grads = (*grads[:6], d_prior.to(prior.dtype).contiguous())
@@ -290,9 +233,8 @@ def _composite_backward(
     v,
     residual,
     gains,
+    visibility,
     table,
-    options,
-    *,
     needs_residual,
     needs_gains,
     needs_scale,
@@ -319,7 +261,7 @@ def _composite_backward(
             *tensors,
             skip_input,
             Gains(*weights),
-            **options,
+            visibility,
             prior=table,
             return_lse=d_lse is not None,
         )
@@ -342,81 +284,83 @@ def _composite_backward(
 
 
 def _attention_backward_fake(
-    d_out,
-    d_lse,
-    q,
-    k,
-    v,
-    residual=None,
-    *tensors,
-    needs_residual=False,
-    needs_gains=False,
-    needs_scale=False,
-    needs_prior=False,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    *tensors: Tensor | None,
+    needs_residual: bool = False,
+    needs_gains: bool = False,
+    needs_scale: bool = False,
+    needs_prior: bool = False,
     **options,
 ):
-    heads = q.shape[1]
-    prior = _argument(tensors, 9)
+    inputs, _ = _split(tensors)
+    q, k, v, residual = inputs[:4]
+    heads, prior = q.shape[1], inputs.prior
     out_shape = (*q.shape[:3], v.shape[3])
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
-        q.new_empty(out_shape, dtype=output_dtype(q, residual))
-        if needs_residual
-        else q.new_empty(0),
+        q.new_empty(out_shape if needs_residual else 0, dtype=output_dtype(q, residual)),
         q.new_empty((5, heads) if needs_gains else 0, dtype=torch.float32),
         q.new_empty(heads if needs_scale else 0, dtype=torch.float32),
         prior.new_empty(prior.shape) if needs_prior else q.new_empty(0, dtype=torch.float32),
     )
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    _, _, excess, center, row_stats = output
-    ctx.mark_non_differentiable(excess, center, row_stats)
-    ctx.set_materialize_grads(False)
-    # The dispatcher drops trailing arguments that equal their default.
-    absent = (None,) * (_INPUTS - len(inputs))
-    ctx.save_for_backward(*inputs, *absent, excess, center, row_stats)
-    ctx.options = dict(keyword_only_inputs)
+class _Attention(torch.autograd.Function):
+    """The operator and its derivative; `register_autograd` costs the host twice as much."""
 
+    @staticmethod
+    def forward(ctx, keyset, options, *tensors):
+        output = _below_autograd(keyset, tensors, options)
+        saved = output[2:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*Inputs(*tensors), *saved)
+        ctx.given = len(tensors)
+        ctx.options = dict(options)
+        return output
 
-def _autograd(ctx, d_out, d_lse, *_):
-    options = dict(ctx.options)
-    given = len(ctx.needs_input_grad)
-    needs = (*ctx.needs_input_grad, *(False,) * (_INPUTS - given))
-    if d_out is None and d_lse is None:
-        return (None,) * given
-    if not options.pop("save_for_backward"):
-        raise RuntimeError(
-            "save_for_backward must be True to differentiate shaped_attn.attention, got False. "
-            "Leave it at its default, or call the operator under torch.no_grad()."
-        )
-    *inputs, excess, center, row_stats = ctx.saved_tensors
-    with torch.no_grad():
-        d_q, d_k, d_v, d_residual, d_gains, d_scale, d_prior = _backward_op(
-            d_out,
-            d_lse,
-            *inputs,
-            excess,
-            center,
-            row_stats,
-            **options,
-            needs_residual=needs[3],
-            needs_gains=any(needs[4:9]),
-            needs_scale=needs[9],
-            needs_prior=needs[13],
-        )
-        gains = [
-            _reduce_gain(d_gains[i] if i < 5 else d_scale, inputs[4 + i]) if needs[4 + i] else None
-            for i in range(6)
-        ]
-    d_residual = d_residual if needs[3] else None
-    d_prior = d_prior if needs[13] else None
-    found = (d_q, d_k, d_v, d_residual, *gains, None, None, None, d_prior)
-    if torch.is_grad_enabled():
-        found = _RefuseSecondDerivative.apply(d_out, d_lse, *inputs, *found)
-    return found[:given]
+    @staticmethod
+    def backward(ctx, d_out, d_lse, *_):
+        needed = ctx.needs_input_grad[2:]
+        if d_out is None and d_lse is None:
+            return (None,) * (2 + ctx.given)
+        options = dict(ctx.options)
+        if not options.pop("save_for_backward", True):
+            raise RuntimeError(
+                "save_for_backward must be True to differentiate shaped_attn.attention, got False. "
+                "Leave it at its default, or call the operator under torch.no_grad()."
+            )
+        inputs, saved = _split(ctx.saved_tensors)
+        needs = Inputs(*needed, *(False,) * (len(Inputs._fields) - ctx.given))
+        needs_gains = needs[_GAINS]
+        with torch.no_grad():
+            d_q, d_k, d_v, d_residual, d_gains, d_scale, d_prior = _backward_op(
+                d_out,
+                d_lse,
+                *inputs,
+                *saved,
+                **options,
+                needs_residual=needs.residual,
+                needs_gains=any(needs_gains[:5]),
+                needs_scale=needs.scale,
+                needs_prior=needs.prior,
+            )
+            per_head = (*(d_gains if any(needs_gains[:5]) else (None,) * 5), d_scale)
+            gains = {
+                name: _reduce_gain(gradient, getattr(inputs, name))
+                for name, gradient, is_needed in zip(
+                    validation.GAIN_NAMES, per_head, needs_gains, strict=True
+                )
+                if is_needed
+            }
+        absent = Inputs(d_q, d_k, d_v, residual=d_residual if needs.residual else None)
+        found = absent._replace(**gains, prior=d_prior if needs.prior else None)
+        if torch.is_grad_enabled():
+            found = _RefuseSecondDerivative.apply(d_out, d_lse, *inputs, *found)
+        return None, None, *found[: ctx.given]
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
@@ -424,7 +368,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        return arguments[-_INPUTS:]
+        return arguments[-len(Inputs._fields) :]
 
     @staticmethod
     def backward(ctx, *_):
@@ -439,6 +383,19 @@ def _reduce_gain(gradient: Tensor, gain: Tensor) -> Tensor:
     return (gradient.sum() if gain.ndim == 0 else gradient).to(gain.dtype)
 
 
+def _below_autograd(keyset, tensors, options):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _attention_op.redispatch(
+            keyset & torch._C._after_autograd_keyset, *tensors, **options
+        )
+
+
+def _attention_autograd(keyset, *tensors: Tensor | None, **options):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _Attention.apply(keyset, options, *tensors)
+    return _below_autograd(keyset, tensors, options)
+
+
 for _name, _function, _fake in (
     ("attention", _attention, _attention_fake),
     ("attention_backward", _attention_backward, _attention_backward_fake),
@@ -446,10 +403,7 @@ for _name, _function, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
-
-torch.library.register_autograd(
-    f"{NAMESPACE}::attention", _autograd, setup_context=_setup_context, lib=_library
-)
+_library.impl("attention", _attention_autograd, "Autograd", with_keyset=True)
 
 
 @register_flop_formula(torch.ops.shaped_attn.attention)
@@ -468,55 +422,38 @@ def _attention_backward_flops(
     return 5 * _attention_flops(q_shape, k_shape, v_shape, is_causal=is_causal) // 2
 
 
-_attention_op = torch.ops.shaped_attn.attention.default
-_backward_op = torch.ops.shaped_attn.attention_backward.default
-
-
 def attention_from_gains(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     residual: Tensor | None,
     gains: Gains,
+    visibility: Visibility,
     *,
-    is_causal: bool,
-    q_offset: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    attn_mask: Tensor | None,
     prior: PriorTable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Call the operator with gains that are numbers or tensors; return `out` and `lse`."""
-    fixed = {
-        f"fixed_{name}": float(gain)
+    tensors = [gain if isinstance(gain, Tensor) else None for gain in gains]
+    options = {
+        f"fixed_{name}": gain
         for name, gain in zip(validation.GAIN_NAMES, gains, strict=True)
         if not isinstance(gain, Tensor)
     }
-    tensors = [gain if isinstance(gain, Tensor) else None for gain in gains]
-    values = None if prior is None else prior.values
-    if values is not None:
-        fixed["prior_form"] = prior.form
+    is_causal, q_offset, key_start, key_end, attn_mask = visibility
+    values = None
+    if prior is not None:
+        values = prior.values
+        options["prior_form"] = prior.form
         if values.requires_grad and _uses_kernels(q):
             check_learnable(prior)
-    needs_grad = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, residual, *gains, values)
-    )
+    # In the order of `Inputs`.
+    inputs = (q, k, v, residual, *tensors, attn_mask, key_start, key_end, values)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, lse, *_ = _attention_op(
-        q,
-        k,
-        v,
-        residual,
-        *tensors,
-        attn_mask,
-        key_start,
-        key_end,
-        values,
-        **fixed,
+        *inputs,
+        **options,
         is_causal=is_causal,
         q_offset=q_offset,
         save_for_backward=needs_grad,
     )
     return out, lse
-
-
-__all__ = ["Gain", "attention_from_gains"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .arguments import Gain
 from .validation import fail
+from .visibility import Visibility
 
 CACHED_TOKENS = 1024
 """Up to this length the dense matrix of an E-SPA without a mask is kept between calls."""
@@ -324,15 +325,12 @@ def resolve_prior(
     prior: ESPA | USPA | Tensor | None,
     q: Tensor,
     k: Tensor,
-    *,
-    is_causal: bool,
-    q_offset: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
+    visibility: Visibility,
 ) -> PriorTable | None:
     """Check the ``prior`` of `shaped_attention` and return its table; None is the uniform prior."""
     if prior is None:
         return None
+    q_offset, key_start, key_end = visibility.q_offset, visibility.key_start, visibility.key_end
     heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
     if isinstance(prior, Tensor):
         return check_table(PriorTable("dense", prior), q, k)
@@ -363,7 +361,7 @@ def resolve_prior(
             f"queries at {q_offset} to {q_offset + queries - 1}",
             "Choose q_offset between 0 and S - T.",
         )
-    if is_causal:
+    if visibility.is_causal:
         return prior.table(keys, q.device)
     if key_start is not None or key_end is not None:
         fail(

@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 
 from .arguments import Gains, accumulation_dtype, is_zero, output_dtype, per_head
+from .visibility import Visibility
 
 
-def visible_keys(
-    q: Tensor,
-    k: Tensor,
-    *,
-    is_causal: bool,
-    q_offset: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    attn_mask: Tensor | None,
-) -> Tensor:
+def visible_keys(q: Tensor, k: Tensor, visibility: Visibility) -> Tensor:
     """Return the bool matrix (B, H, T, S) of the keys that each query sees."""
+    is_causal, q_offset, key_start, key_end, attn_mask = visibility
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     key = torch.arange(keys, device=q.device)
@@ -46,12 +39,8 @@ def attention(
     v: Tensor,
     residual: Tensor | None,
     gains: Gains,
+    visibility: Visibility,
     *,
-    is_causal: bool,
-    q_offset: int,
-    key_start: Tensor | None = None,
-    key_end: Tensor | None = None,
-    attn_mask: Tensor | None = None,
     log_prior: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -67,10 +56,9 @@ def attention(
         P_i. = softmax_j(scale * q_i . k_j + log A0_ij),     D_i = sum_j A0_ij
 
     Args:
-        q, k, v, residual, is_causal, key_start, key_end: as in `shaped_attention`.
+        q, k, v, residual: as in `shaped_attention`.
         gains: the weights and the scale.
-        q_offset: key position of query 0, resolved.
-        attn_mask: bool, (B, H, T, S).
+        visibility: the keys that each query sees, validated.
         log_prior: log A0, broadcastable to (B, H, T, S); -inf hides a key. None: 1 / n_i.
         compute_dtype: of all arithmetic. None: float32, or float64 for float64 inputs. The dtype
             of q gives what eager torch in that dtype computes.
@@ -83,15 +71,7 @@ def attention(
     out_dtype = output_dtype(q, residual)
     heads, queries = q.shape[1], q.shape[2]
     group = heads // k.shape[1]
-    visible = visible_keys(
-        q,
-        k,
-        is_causal=is_causal,
-        q_offset=q_offset,
-        key_start=key_start,
-        key_end=key_end,
-        attn_mask=attn_mask,
-    )
+    visible = visible_keys(q, k, visibility)
     q = q.to(dtype)
     k = k.to(dtype).repeat_interleave(group, dim=1)
     v = v.to(dtype).repeat_interleave(group, dim=1)
@@ -119,7 +99,7 @@ def attention(
     branch = per_head(gains.softmax, dtype) * (prior_sum * (probabilities @ v))
     branch = branch - per_head(gains.center, dtype) * (prior @ v)
     if not is_zero(gains.identity):
-        own = v[:, :, q_offset : q_offset + queries]
+        own = v[:, :, visibility.q_offset : visibility.q_offset + queries]
         branch = branch + per_head(gains.identity, dtype) * own
     out = per_head(gains.branch, dtype) * branch
     if residual is not None:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import reference
 from .arguments import Gains, accumulation_dtype
 from .priors import ESPA, USPA, resolve_prior
+from .visibility import Visibility
 
 _DTYPE_NAMES = {
     torch.float16: "fp16",
@@ -218,15 +219,10 @@ def eager_attention(
     if scale is None:
         scale = 1.0 / (q.shape[3] * math.sqrt(q.shape[1]))
     q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-    table = resolve_prior(
-        prior,
-        q,
-        k,
-        is_causal=is_causal,
-        q_offset=q_offset,
-        key_start=key_start,
-        key_end=key_end,
-    )
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    visibility = Visibility(is_causal, q_offset, key_start, key_end, attn_mask)
+    table = resolve_prior(prior, q, k, visibility)
     log_prior = None
     if table is not None:
         log_prior = table.log_rows(
@@ -238,11 +234,7 @@ def eager_attention(
         v,
         residual,
         Gains(scale=scale, **{name.removesuffix("_gain"): gain for name, gain in gains.items()}),
-        is_causal=is_causal,
-        q_offset=q_offset,
-        key_start=key_start,
-        key_end=key_end,
-        attn_mask=None if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2]),
+        visibility,
         log_prior=log_prior,
         compute_dtype=q.dtype,
     )

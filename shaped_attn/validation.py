@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Gain, Gains
+from .visibility import Visibility
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -26,13 +27,62 @@ def fail(error: type[Exception], argument: str, rule: str, got: object, remedy: 
     raise error(f"{argument} {rule}, got {got}. {remedy}")
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> None:
-    """Check that the main arguments are dense tensors of rank 4 and of a floating dtype."""
+def check_types(
+    q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, gains: Gains, visibility: Visibility
+) -> Gains:
+    """Check the Python types, which is all that the schema of the operator cannot hold.
+
+    Returns the gains, numbers among them as floats.
+    """
     for name, x in (("q", q), ("k", k), ("v", v), ("residual", residual)):
-        if x is None and name == "residual":
-            continue
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) and not (x is None and name == "residual"):
             fail(TypeError, name, "must be a torch.Tensor", type(x).__name__, "Pass a tensor.")
+    check_flag("is_causal", visibility.is_causal)
+    q_offset = visibility.q_offset
+    if q_offset is not None and (
+        isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt))
+    ):
+        fail(
+            TypeError,
+            "q_offset",
+            "must be an int or None",
+            _describe(q_offset),
+            "Pass the key position of the first query as a Python int; None means S - T.",
+        )
+    for name in ("key_start", "key_end"):
+        bound = getattr(visibility, name)
+        if bound is not None and not isinstance(bound, Tensor):
+            fail(
+                TypeError,
+                name,
+                "must be a Tensor of shape (B,) or None",
+                _describe(bound),
+                "Pass torch.tensor([...], device=q.device) with one key index per batch entry.",
+            )
+    attn_mask = visibility.attn_mask
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        fail(
+            TypeError,
+            "attn_mask",
+            "must be a bool Tensor or None",
+            type(attn_mask).__name__,
+            "Pass a tensor that is True where a query sees a key.",
+        )
+    return Gains(
+        *(
+            gain
+            if isinstance(gain, (Tensor, float)) or (gain is None and name == "scale")
+            else _as_float(name, gain)
+            for name, gain in zip(GAIN_NAMES, gains, strict=True)
+        )
+    )
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> None:
+    """Check that the main arguments are dense, of rank 4 and of a floating dtype."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("residual", residual)):
+        if x is None:
+            continue
         if x.layout != torch.strided or x.is_nested:
             fail(
                 TypeError,
@@ -71,34 +121,35 @@ GAIN_NAMES = (
 
 
 def check_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    residual: Tensor | None,
-    gains: Gains,
-    *,
-    q_offset: int | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    attn_mask: Tensor | None,
-) -> tuple[Gains, int, Tensor | None]:
-    """Check the arguments against each other, after `check_tensors`.
-
-    Returns the gains with the default scale filled in, the resolved ``q_offset``, and the mask
-    expanded to (B, H, T, S) without a copy.
-    """
+    q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, gains: Gains, visibility: Visibility
+) -> tuple[Gains, Visibility]:
+    """Check values, and the arguments against each other, after `check_types`; then `complete`."""
+    check_tensors(q, k, v, residual)
     check_shapes(q, k, v, residual)
+    for name, gain in zip(GAIN_NAMES, gains, strict=True):
+        if gain is not None:
+            check_gain(name, gain, q)
+    check_residual_gain(gains.skip, residual)
+    check_key_range("key_start", visibility.key_start, q)
+    check_key_range("key_end", visibility.key_end, q)
+    check_attn_mask(visibility.attn_mask, q, k)
+    gains, visibility = complete(q, k, gains, visibility)
+    check_identity(gains.identity, q, k, visibility.q_offset)
+    return gains, visibility
+
+
+def complete(
+    q: Tensor, k: Tensor, gains: Gains, visibility: Visibility
+) -> tuple[Gains, Visibility]:
+    """Fill in the default scale and q_offset; expand the mask to (B, H, T, S) without a copy."""
     if gains.scale is None:
         gains = gains._replace(scale=1.0 / (q.shape[3] * math.sqrt(q.shape[1])))
-    gains = Gains(
-        *(check_gain(name, gain, q) for name, gain in zip(GAIN_NAMES, gains, strict=True))
-    )
-    check_residual_gain(gains.skip, residual)
-    q_offset = check_q_offset(q_offset, q, k)
-    check_identity(gains.identity, q, k, q_offset)
-    check_key_range("key_start", key_start, q)
-    check_key_range("key_end", key_end, q)
-    return gains, q_offset, check_attn_mask(attn_mask, q, k)
+    is_causal, q_offset, key_start, key_end, attn_mask = visibility
+    if q_offset is None:
+        q_offset = k.shape[2] - q.shape[2]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    return gains, Visibility(is_causal, q_offset, key_start, key_end, attn_mask)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> None:
@@ -182,28 +233,34 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> No
     _check_device("residual", residual, q)
 
 
-def check_gain(name: str, gain: Gain, q: Tensor) -> Gain:
-    """Check one gain, or the scale: a finite number, or a Tensor of shape () or (H,). Return it."""
+def check_gain(name: str, gain: Gain, q: Tensor) -> None:
+    """Check one gain, or the scale: a finite number, or a Tensor of shape () or (H,)."""
+    if not isinstance(gain, Tensor):
+        # Not math.isfinite, which torch.compile cannot trace for a float that varies between calls.
+        if not -math.inf < gain < math.inf:
+            fail(ValueError, name, "must be finite", gain, "Pass a finite number.")
+        return
     heads = q.shape[1]
-    if isinstance(gain, Tensor):
-        if not gain.is_floating_point():
-            fail(
-                TypeError,
-                name,
-                "as a Tensor must have a floating dtype",
-                gain.dtype,
-                f"Convert it with {name}.float().",
-            )
-        if gain.ndim > 1 or (gain.ndim == 1 and gain.shape[0] != heads):
-            fail(
-                ValueError,
-                name,
-                f"as a Tensor must have shape () or (H,) = ({heads},)",
-                f"shape {_shape(gain)}",
-                "Give one value, or one value per query head.",
-            )
-        _check_device(name, gain, q)
-        return gain
+    if not gain.is_floating_point():
+        fail(
+            TypeError,
+            name,
+            "as a Tensor must have a floating dtype",
+            gain.dtype,
+            f"Convert it with {name}.float().",
+        )
+    if gain.ndim > 1 or (gain.ndim == 1 and gain.shape[0] != heads):
+        fail(
+            ValueError,
+            name,
+            f"as a Tensor must have shape () or (H,) = ({heads},)",
+            f"shape {_shape(gain)}",
+            "Give one value, or one value per query head.",
+        )
+    _check_device(name, gain, q)
+
+
+def _as_float(name: str, gain: object) -> float:
     # bool is an int to Python; here it is a mistake, such as an argument in the wrong place.
     if isinstance(gain, bool) or not isinstance(gain, (float, int, Real)):
         fail(
@@ -213,11 +270,7 @@ def check_gain(name: str, gain: Gain, q: Tensor) -> Gain:
             _describe(gain),
             "Pass a float, or a Tensor to learn it.",
         )
-    gain = float(gain)
-    # Not math.isfinite, which torch.compile cannot trace for a float that varies between calls.
-    if not -math.inf < gain < math.inf:
-        fail(ValueError, name, "must be finite", gain, "Pass a finite number.")
-    return gain
+    return float(gain)
 
 
 def check_residual_gain(skip_gain: Gain, residual: Tensor | None) -> None:
@@ -244,21 +297,6 @@ def check_flag(name: str, value: bool) -> None:
         )
 
 
-def check_q_offset(q_offset: int | None, q: Tensor, k: Tensor) -> int:
-    """Return the key position of the first query: ``q_offset``, or S - T if it is None."""
-    if q_offset is None:
-        return k.shape[2] - q.shape[2]
-    if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
-        fail(
-            TypeError,
-            "q_offset",
-            "must be an int or None",
-            _describe(q_offset),
-            "Pass the key position of the first query as a Python int; None means S - T.",
-        )
-    return q_offset
-
-
 def check_identity(identity_gain: Gain, q: Tensor, k: Tensor, q_offset: int) -> None:
     """Check that every query has a key at its own position if the identity term is in use."""
     if not isinstance(identity_gain, Tensor) and identity_gain == 0.0:
@@ -281,14 +319,6 @@ def check_key_range(name: str, bound: Tensor | None, q: Tensor) -> None:
     """Check ``key_start`` or ``key_end``."""
     if bound is None:
         return
-    if not isinstance(bound, Tensor):
-        fail(
-            TypeError,
-            name,
-            "must be a Tensor of shape (B,) or None",
-            _describe(bound),
-            "Pass torch.tensor([...], device=q.device) with one key index per batch entry.",
-        )
     if bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool:
         fail(
             TypeError,
@@ -308,18 +338,10 @@ def check_key_range(name: str, bound: Tensor | None, q: Tensor) -> None:
     _check_device(name, bound, q)
 
 
-def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Check the mask and return it as a view of shape (B, H, T, S)."""
+def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """Check the mask, which broadcasts to (B, H, T, S)."""
     if attn_mask is None:
-        return None
-    if not isinstance(attn_mask, Tensor):
-        fail(
-            TypeError,
-            "attn_mask",
-            "must be a bool Tensor or None",
-            type(attn_mask).__name__,
-            "Pass a tensor that is True where a query sees a key.",
-        )
+        return
     if attn_mask.dtype != torch.bool:
         fail(
             TypeError,
@@ -348,11 +370,10 @@ def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | 
             "Add dimensions of size 1; a mask of keys per batch entry is mask[:, None, None, :].",
         )
     _check_device("attn_mask", attn_mask, q)
-    return attn_mask.expand(target)
 
 
-def resolve_impl(impl: str, q: Tensor, v: Tensor, residual: Tensor | None) -> str:
-    """Return the implementation to run, "triton", "torch" or "reference", if it can run this."""
+def resolve_impl(impl: str, q: Tensor) -> str:
+    """Return the implementation to run, "triton", "torch" or "reference", if the device has it."""
     if not isinstance(impl, str):
         fail(
             TypeError,
@@ -372,12 +393,20 @@ def resolve_impl(impl: str, q: Tensor, v: Tensor, residual: Tensor | None) -> st
     device = q.device.type
     if impl == "auto":
         impl = "triton" if device == "cuda" else "torch"
-    if impl == "triton":
-        _check_triton(q, v, residual)
+    if impl == "triton" and device != "cuda" and not is_interpreted():
+        fail(
+            ValueError,
+            "impl",
+            "'triton' needs tensors on a GPU",
+            f"q on {q.device}",
+            "Move the tensors to a GPU, pass impl='torch', or set TRITON_INTERPRET=1 before the "
+            "first import of shaped_attn.kernels to run the kernels in Triton's interpreter.",
+        )
     return impl
 
 
-def _check_triton(q: Tensor, v: Tensor, residual: Tensor | None) -> None:
+def check_kernel_limits(q: Tensor, v: Tensor, residual: Tensor | None) -> None:
+    """Check that the Triton kernels take these dtypes and head dimensions."""
     from .kernels.configs import MAX_HEAD_DIM
 
     for name, x in (("q", q), ("residual", residual)):
@@ -399,15 +428,6 @@ def _check_triton(q: Tensor, v: Tensor, residual: Tensor | None) -> None:
                 f"{size} = {x.shape[3]}",
                 "Use more heads, or pass impl='torch'.",
             )
-    if q.device.type != "cuda" and not is_interpreted():
-        fail(
-            ValueError,
-            "impl",
-            "'triton' needs tensors on a GPU",
-            f"q on {q.device}",
-            "Move the tensors to a GPU, pass impl='torch', or set TRITON_INTERPRET=1 before the "
-            "first import of shaped_attn.kernels to run the kernels in Triton's interpreter.",
-        )
 
 
 _LAYOUT = {

@@ -32,6 +32,7 @@ TRACED = {
         "math": "isnan log sqrt",
         "namedtuple_Gains": "<lambda>",
         "namedtuple_ShapedTransformerOutput": "<lambda>",
+        "namedtuple_Visibility": "<lambda>",
         "torch": """
             _wrapped_call_impl abs add addmm any arange autocast baddbmm bmm broadcast_tensors cat
             chunk clamp cos cross_entropy cumsum detach exp expand expm1 flatten flip full

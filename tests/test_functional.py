@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from shaped_attn import ops, shaped_attention
+from shaped_attn import shaped_attention
 from shaped_attn.testing import (
     Case,
     assert_within_spread,
@@ -343,39 +343,28 @@ def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(device):
     assert not torch.equal(auto, reference)  # rounded differently
 
 
-def test_triton_gets_the_resolved_arguments(monkeypatch, device):
-    found = {}
+def test_kernels_get_the_resolved_arguments(monkeypatch, device):
+    from shaped_attn.kernels import attention
 
-    def attention_from_gains(*args, **options):
-        found.update(options, args=args)
-        return args[0], args[1]
-
-    monkeypatch.setattr(ops, "attention_from_gains", attention_from_gains)
+    found = []
+    launch = attention.attention_fwd
+    monkeypatch.setattr(
+        attention, "attention_fwd", lambda *a, **o: found.append(a) or launch(*a, **o)
+    )
     q, k, v, residual = make_inputs(
         Case(queries=5, keys=9, head_dim=16, residual_dtype=torch.float32), device=device
     )
     gain = torch.ones(4, device=device)
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool, device=device)
-    out, lse = shaped_attention(
-        q,
-        k,
-        v,
-        residual,
-        softmax_gain=gain,
-        branch_gain=2,
-        is_causal=True,
-        attn_mask=mask,
-        return_lse=True,
-        impl="triton",
-    )
-    assert out is q and lse is k
-    assert found["args"][:4] == (q, k, v, residual)
-    gains = found["args"][4]
-    assert gains.softmax is gain and gains.branch == 2.0 and gains.identity == 1.0
-    assert gains.scale == 1 / (16 * 4**0.5)
-    assert found["is_causal"] is True and found["q_offset"] == 4
-    assert found["key_start"] is None and found["key_end"] is None
-    expanded = found["attn_mask"]
+    options = {"softmax_gain": gain, "branch_gain": 2, "is_causal": True, "attn_mask": mask}
+    shaped_attention(q, k, v, residual, **options, impl="triton")
+    *tensors, gains, visibility = found[0]
+    for given, wanted in zip(tensors, (q, k, v, residual), strict=True):
+        assert given.data_ptr() == wanted.data_ptr()
+    assert gains.softmax.data_ptr() == gain.data_ptr()
+    assert gains[::2] == (1.0, 1.0, 2.0) and gains.scale == 1 / (16 * 4**0.5)
+    assert visibility[:4] == (True, 4, None, None)
+    expanded = visibility.attn_mask
     assert expanded.shape == (2, 4, 5, 9) and expanded.data_ptr() == mask.data_ptr()
     assert expanded.stride()[1:3] == (0, 0)
 

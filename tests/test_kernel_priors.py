@@ -7,8 +7,7 @@ import triton.language as tl
 
 from shaped_attn import reference
 from shaped_attn.arguments import Gains
-from shaped_attn.kernels.attention_bwd import attention_bwd
-from shaped_attn.kernels.attention_fwd import attention_fwd
+from shaped_attn.kernels.attention import Needs, attention_bwd, attention_fwd
 from shaped_attn.kernels.priors import Prior
 from shaped_attn.testing import (
     Case,
@@ -17,6 +16,7 @@ from shaped_attn.testing import (
     relative_error,
     rounding_spread,
 )
+from shaped_attn.visibility import Visibility
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -51,26 +51,15 @@ def test_a_prior_enters_forward_and_backward(dtype, bound, is_causal, center_gai
     q, k, v, _ = make_inputs(case, scale=0.2, value_mean=1.0)
     rates = torch.tensor([0.1, 0.4])
     gains = Gains(identity=0.5, softmax=1.1, center=center_gain, branch=0.9, scale=0.2)
-    visibility = {"is_causal": is_causal, "q_offset": 10, "key_start": None, "key_end": None}
-    options = {**visibility, "attn_mask": None}
+    visibility = Visibility(is_causal, q_offset=10)
     hook = {"prior": DECAY, "prior_parameters": (rates.to(device),)}
     d_out = torch.randn(1, 2, 40, 16).to(dtype)
 
     tensors = [x.to(device) for x in (q, k, v)]
-    saved = attention_fwd(*tensors, None, tuple(gains), **options, **hook, save_for_backward=True)
-    found = attention_bwd(
-        d_out.to(device),
-        None,
-        *tensors,
-        None,
-        tuple(gains),
-        saved,
-        **options,
-        **hook,
-        needs_residual=False,
-        needs_gains=True,
-        needs_scale=True,
-    )
+    arguments = (*tensors, None, tuple(gains), visibility)
+    saved = attention_fwd(*arguments, **hook, save_for_backward=True)
+    needs = Needs(gains=True, scale=True)
+    found = attention_bwd(d_out.to(device), None, *arguments, *saved[2:], **hook, needs=needs)
 
     log_prior = log_decay(rates, 40, 50, 10)
 
@@ -78,7 +67,7 @@ def test_a_prior_enters_forward_and_backward(dtype, bound, is_causal, center_gai
         leaves = [x.double().requires_grad_() for x in (q, k, v)]
         weights = [torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in gains]
         out, lse = reference.attention(
-            *leaves, None, Gains(*weights), **options, log_prior=log_prior
+            *leaves, None, Gains(*weights), visibility, log_prior=log_prior
         )
         leaves += [x for name, x in zip(Gains._fields, weights, strict=True) if name != "skip"]
         found = torch.autograd.grad(out, leaves, d_out.double())

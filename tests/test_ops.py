@@ -217,12 +217,12 @@ def test_activation_checkpointing(device):
 
 
 def test_selective_checkpointing_sees_the_operator(monkeypatch, device):
-    from shaped_attn.kernels import attention_fwd
+    from shaped_attn.kernels import attention
 
     calls = []
-    launch = attention_fwd.attention_fwd
+    launch = attention.attention_fwd
     monkeypatch.setattr(
-        attention_fwd, "attention_fwd", lambda *a, **k: calls.append(1) or launch(*a, **k)
+        attention, "attention_fwd", lambda *a, **k: calls.append(1) or launch(*a, **k)
     )
 
     def save_attention(context, op, *args, **kwargs):
@@ -260,16 +260,16 @@ def test_backward_without_saved_tensors_is_refused(device):
 
 
 def test_nothing_is_saved_for_inference(monkeypatch, device):
-    from shaped_attn.kernels import attention_fwd
+    from shaped_attn.kernels import attention
 
     saved = []
-    launch = attention_fwd.attention_fwd
+    launch = attention.attention_fwd
 
     def record(*args, save_for_backward, **kwargs):
         saved.append(save_for_backward)
         return launch(*args, save_for_backward=save_for_backward, **kwargs)
 
-    monkeypatch.setattr(attention_fwd, "attention_fwd", record)
+    monkeypatch.setattr(attention, "attention_fwd", record)
     q, k, v = draw(device, requires_grad=True)
     shaped_attention(q, k, v, impl="triton")
     shaped_attention(q.detach(), k.detach(), v.detach(), impl="triton")

@@ -474,8 +474,8 @@ def test_triton_off_gpu_without_the_interpreter():
         assert part in last
 
 
-def test_auto_on_a_gpu_refuses_what_triton_cannot_do():
-    """No GPU is needed: the choice looks at the device's type alone."""
+def test_auto_is_triton_on_a_gpu_and_never_falls_back():
+    """No GPU is needed: the choice looks at the device's type, the limits at dtype and size."""
 
     class OnGPU:
         device = torch.device("cuda")
@@ -483,17 +483,19 @@ def test_auto_on_a_gpu_refuses_what_triton_cannot_do():
         shape = (1, 1, 16, 16)
 
     resolve = shaped_attn.validation.resolve_impl
+    assert resolve("auto", OnGPU) == "triton"
+    assert resolve("torch", OnGPU) == "torch"
+    check = shaped_attn.validation.check_kernel_limits
     with pytest.raises(TypeError, match="the default on a GPU.*impl='torch'"):
-        resolve("auto", OnGPU, OnGPU, None)
+        check(OnGPU, OnGPU, None)
     OnGPU.dtype = torch.float32
-    assert resolve("auto", OnGPU, OnGPU, None) == "triton"
+    check(OnGPU, OnGPU, None)
     wide = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
     with pytest.raises(TypeError, match="residual must be float16.*residual.float()"):
-        resolve("auto", OnGPU, OnGPU, wide)
+        check(OnGPU, OnGPU, wide)
     OnGPU.shape = (1, 1, 16, 260)
     with pytest.raises(ValueError, match="the default on a GPU.*impl='torch'"):
-        resolve("auto", OnGPU, OnGPU, None)
-    assert resolve("torch", OnGPU, OnGPU, None) == "torch"
+        check(OnGPU, OnGPU, None)
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
