@@ -29,6 +29,7 @@ REQUIRED = ("torch", "triton", "numpy", "pytest", "xdist", "hypothesis")
 TEST_FILES = (
     "test_attention_kernels.py",
     "test_dominant_keys.py",
+    "test_families.py",
     "test_kernel_priors.py",
     "test_priors.py",
     "test_ops.py",
