@@ -1,8 +1,8 @@
 """What a call of the operator costs the host, in microseconds, without a GPU.
 
 The calls are real: public function, dispatcher, autograd, allocation, Triton's launcher. Only the
-last step, which hands a kernel to a GPU, is replaced by one that counts. `depth` says how far calls
-go before they are cut off: "launch" all the way; "prepare" up to Triton; "dispatch" up to the
+last step, which hands a kernel to a GPU, is left out. `depth` says how far calls go before they are
+cut off: "launch" all the way; "prepare" up to the first line about Triton; "dispatch" up to the
 family of kernels. B = 1, H = 8, T = 128, D = 64, bfloat16, causal. Times are process times, medians
 of interleaved rounds, on tensors in main memory.
 
@@ -23,48 +23,19 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from shaped_attn import shaped_attention, validation
 from shaped_attn.kernels import attention, launch
+from shaped_attn.kernels.stand_in import StandInDriver
 
 CALLS_PER_ROUND = 100
 DEPTHS = ("launch", "prepare", "dispatch")
 SIZES = {"B": 1, "H": 8, "T": 128, "D": 64}
 
 
-class CountingDriver:
-    """Stands for an H100: compiles for it, and counts launches in place of them."""
-
-    def __init__(self) -> None:
-        self.launches = 0
-        self.utils = self
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 * 1024}
-
-    def load_binary(self, name, kernel, shared, device) -> tuple:
-        return None, None, 0, 0, 1024
-
-    def unload_module(self, module) -> None:
-        pass
-
-    def launcher_cls(self, source, metadata) -> Callable[..., None]:
-        def launcher(*arguments) -> None:
-            self.launches += 1
-
-        return launcher
+def _launch_stub(self, *arguments) -> None:
+    pass
 
 
 def _forward_stub(call, result) -> None:
@@ -80,7 +51,7 @@ def cut_off(depth: str) -> Iterator[None]:
     """Let calls go as far as `depth` says."""
     with contextlib.ExitStack() as stack:
         if depth == "prepare":
-            stack.enter_context(mock.patch.object(JITFunction, "run", lambda *a, **k: None))
+            stack.enter_context(mock.patch.object(launch.Launch, "__call__", _launch_stub))
         elif depth == "dispatch":
             stubs = {"portable": attention.Family(_forward_stub, _backward_stub)}
             stack.enter_context(mock.patch.dict(attention.FAMILIES, stubs))
@@ -120,8 +91,8 @@ def main() -> None:
     if launch.is_interpreted():
         parser.error("TRITON_INTERPRET must be unset, got it set. Triton's launcher is measured.")
     torch.set_num_threads(1)
-    counting = CountingDriver()
-    driver.set_active(counting)
+    stand_in = StandInDriver(90)
+    driver.set_active(stand_in)
     times: dict[tuple[str, str], list[float]] = {}
     # Tensors in main memory take the way of those on a GPU.
     gpu = mock.patch.object(validation, "is_interpreted", lambda: True)
@@ -129,13 +100,14 @@ def main() -> None:
         to_time = calls()
         launches = {}
         for name, call in to_time.items():  # compiles
-            before = counting.launches
+            stand_in.launches.clear()
             call()
-            launches[name] = counting.launches - before
+            launches[name] = len(stand_in.launches)
         for _ in range(arguments.rounds):
             for depth in DEPTHS:
                 with cut_off(depth):
                     for name, call in to_time.items():
+                        stand_in.launches.clear()
                         times.setdefault((depth, name), []).append(microseconds(call))
     result = {
         "command": "python bench/host_cost.py",

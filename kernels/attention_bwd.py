@@ -6,7 +6,7 @@ Every sum has a fixed order and no atomics, so equal inputs give equal bits.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -16,15 +16,116 @@ from .bwd_dkdv import attention_bwd_dkdv_kernel
 from .bwd_dprior import attention_bwd_dprior_kernel
 from .bwd_dq import attention_bwd_dq_kernel
 from .bwd_preprocess import attention_bwd_preprocess_kernel
-from .configs import block_width, pick_config
-from .value_sums import value_block_sums
+from .configs import TileConfig, block_width, pick_config
+from .value_sums import ValueBlockSums
 
 if TYPE_CHECKING:
     from .attention import AttentionGradients, Call, ForwardResult, Needs
 
 
-def _per_head(gain: float | torch.Tensor) -> float | torch.Tensor:
-    return gain.to(torch.float32) if isinstance(gain, torch.Tensor) else gain
+class _Plan(NamedTuple):
+    """The launches of a backward and the shapes of what they leave for each other.
+
+    value_sums and dprior are None where they take no part, and so are the shapes of partial sums.
+    """
+
+    value_sums: ValueBlockSums | None
+    preprocess: launch.Launch
+    dkdv: launch.Launch
+    dq: launch.Launch
+    dprior: launch.Launch | None
+    gain_dots: tuple[int, ...] | None
+    scale_dots: tuple[int, ...] | None
+
+
+def _plan(call: Call, d_out: torch.Tensor, d_lse: torch.Tensor | None, needs: Needs) -> _Plan:
+    q, k, v, residual, gains, visibility, prior, _ = call
+    B, H, T, D = q.shape
+    HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
+    attn_mask = visibility.attn_mask
+    arch = launch.architecture(q)
+    preprocess, dkdv, dq, dprior = (
+        pick_config(kernel, D, DV, q.element_size(), arch, weighed_by=call.weighed_by)
+        for kernel in ("preprocess", "dkdv", "dq", "dprior")
+    )
+    gain_strides, gain_is_tensor = launch.gain_arguments(gains)
+    sizes = (
+        H,
+        H // HKV,
+        T,
+        S,
+        launch.clamp_offset(visibility.q_offset),
+        launch.diagonal(visibility, T, S),
+    )
+    strides = (q.stride(), k.stride(), v.stride(), d_out.stride(), launch.strides(attn_mask))
+    flags = {
+        "GAIN_IS_TENSOR": gain_is_tensor,
+        "DOT_PRECISION": launch.dot_precision(q.dtype, arch, D, DV),
+    }
+
+    def products(kernel: Any, programs: int, config: TileConfig, **constants: Any) -> launch.Launch:
+        """A kernel that reads q, k, v and d_out tile by tile."""
+        return launch.Launch(
+            kernel,
+            programs,
+            (gain_strides, *strides, *sizes),
+            config,
+            D=D,
+            DV=DV,
+            BLOCK_D=block_width(D),
+            BLOCK_DV=block_width(DV),
+            BLOCK_T=config.block_t,
+            BLOCK_S=config.block_s,
+            ADD_LOG2_PRIOR=prior.add_log2,
+            WIDE=launch.needs_wide_index(config, q, k, v, d_out, attn_mask),
+            **constants,
+            **flags,
+        )
+
+    needs_sums = call.is_centered and call.weighed_by is None
+    return _Plan(
+        ValueBlockSums(v, preprocess) if needs_sums else None,
+        launch.Launch(
+            attention_bwd_preprocess_kernel,
+            triton.cdiv(T, preprocess.block_t) * B * H,
+            (gain_strides, v.stride(), launch.strides(residual), d_out.stride(), *sizes),
+            preprocess,
+            DV=DV,
+            BLOCK_DV=block_width(DV),
+            BLOCK_T=preprocess.block_t,
+            SUM_BLOCK=preprocess.sum_block,
+            HAS_IDENTITY=call.has_identity,
+            CENTERED=call.is_centered,
+            UNIFORM_PRIOR=prior.is_uniform,
+            WIDE=launch.needs_wide_index(preprocess, v, residual, d_out),
+            **flags,
+        ),
+        products(
+            attention_bwd_dkdv_kernel,
+            triton.cdiv(S, dkdv.block_s) * B * HKV,
+            dkdv,
+            HAS_IDENTITY=call.has_identity,
+            CENTERED=call.is_centered,
+            TIMES_PRIOR=prior.times,
+            UNIFORM_PRIOR=prior.is_uniform,
+        ),
+        products(
+            attention_bwd_dq_kernel,
+            triton.cdiv(T, dq.block_t) * B * H,
+            dq,
+            UNIFORM_PRIOR=prior.is_uniform,
+        ),
+        products(
+            attention_bwd_dprior_kernel,
+            triton.cdiv(T, dprior.block_t) * B * H,
+            dprior,
+            TIMES_PRIOR=prior.times,
+        )
+        if needs.prior
+        else None,
+        (4, B, H, triton.cdiv(T, preprocess.block_t)) if needs.gains else None,
+        (B, H, triton.cdiv(T, dq.block_t)) if needs.scale else None,
+    )
 
 
 def launch_backward(
@@ -36,167 +137,53 @@ def launch_backward(
     needs: Needs,
 ) -> AttentionGradients:
     """Launch the backward kernels, which fill `gradients`; return them with the sums."""
-    q, k, v, residual, gains, visibility, prior, prior_parameters = call
-    B, H, T, D = q.shape
-    HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
-    device = q.device
-    arch = launch.architecture(q)
-    centered, weighed_by = call.is_centered, call.weighed_by
-    preprocess, dkdv, dq_config, dprior = (
-        pick_config(kernel, D, DV, q.element_size(), arch, weighed_by=weighed_by)
-        for kernel in ("preprocess", "dkdv", "dq", "dprior")
-    )
-    values, gain_strides, gain_is_tensor = launch.gain_arguments(gains)
-    row_terms = torch.empty((4, B, H, T), dtype=torch.float32, device=device)
-    gain_dots = scale_dots = prior_dots = d_table = None
-    if needs.gains:
-        tiles = triton.cdiv(T, preprocess.block_t)
-        gain_dots = torch.empty((4, B, H, tiles), dtype=torch.float32, device=device)
-    if needs.scale:
-        tiles = triton.cdiv(T, dq_config.block_t)
-        scale_dots = torch.empty((B, H, tiles), dtype=torch.float32, device=device)
-    if needs.prior:
-        prior_dots = torch.empty((B, H, T), dtype=torch.float32, device=device)
-        d_table = torch.empty((5, B, H, T), dtype=torch.float32, device=device)
-    attn_mask = visibility.attn_mask
-    mask = launch.as_bytes(attn_mask)
-    sizes = (
-        H,
-        H // HKV,
-        T,
-        S,
-        launch.clamp_offset(visibility.q_offset),
-        launch.diagonal(visibility, T, S),
-    )
-    head_dims = {
-        "D": D,
-        "DV": DV,
-        "BLOCK_D": block_width(D),
-        "BLOCK_DV": block_width(DV),
-    }
-    flags = {
-        "GAIN_IS_TENSOR": gain_is_tensor,
-        "DOT_PRECISION": launch.dot_precision(q.dtype, arch, D, DV),
-    }
-    tensor_strides = tuple(x.stride() for x in (q, k, v, d_out)) + (launch.strides(attn_mask),)
+    q, k, v, residual, gains, visibility, _, prior_parameters = call
+    rows = q.shape[:3]
+    gains = tuple(gains)
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    mask = launch.as_bytes(visibility.attn_mask)
+    key_range = (visibility.key_start, visibility.key_end)
+
+    def empty(shape: tuple[int, ...] | None) -> torch.Tensor | None:
+        return None if shape is None else torch.empty(shape, dtype=torch.float32, device=q.device)
 
     with launch.on_device(q):
-        attention_bwd_preprocess_kernel[(triton.cdiv(T, preprocess.block_t) * B * H,)](
+        plan = launch.plan_of(_plan, call, d_out, d_lse, needs)
+        row_terms = empty((4, *rows))
+        gain_dots, scale_dots = empty(plan.gain_dots), empty(plan.scale_dots)
+        prior_dots = empty(rows if needs.prior else None)
+        d_table = empty((5, *rows) if needs.prior else None)
+        plan.preprocess(
             v,
             residual,
             d_out,
-            None if d_lse is None else d_lse.contiguous(),
+            d_lse,
             saved.excess,
             saved.center,
             saved.row_stats,
-            value_block_sums(v, preprocess) if centered and weighed_by is None else None,
-            visibility.key_start,
-            visibility.key_end,
+            None if plan.value_sums is None else plan.value_sums(v),
+            *key_range,
             row_terms,
             gain_dots,
             prior_dots,
             gradients.residual,
-            values,
-            gain_strides,
-            v.stride(),
-            launch.strides(residual),
-            d_out.stride(),
-            *sizes,
-            DV=DV,
-            BLOCK_DV=head_dims["BLOCK_DV"],
-            BLOCK_T=preprocess.block_t,
-            SUM_BLOCK=preprocess.sum_block,
-            HAS_IDENTITY=call.has_identity,
-            CENTERED=centered,
-            UNIFORM_PRIOR=prior.is_uniform,
-            WIDE=launch.needs_wide_index(preprocess, v, residual, d_out),
-            **flags,
-            **launch.launch_options(preprocess),
+            gains,
         )
-        attention_bwd_dkdv_kernel[(triton.cdiv(S, dkdv.block_s) * B * HKV,)](
-            q,
-            k,
-            v,
-            d_out,
-            row_terms,
-            mask,
-            visibility.key_start,
-            visibility.key_end,
-            prior_parameters,
-            gradients.k,
-            gradients.v,
-            values,
-            gain_strides,
-            *tensor_strides,
-            *sizes,
-            BLOCK_T=dkdv.block_t,
-            BLOCK_S=dkdv.block_s,
-            HAS_IDENTITY=call.has_identity,
-            CENTERED=centered,
-            ADD_LOG2_PRIOR=prior.add_log2,
-            TIMES_PRIOR=prior.times,
-            UNIFORM_PRIOR=prior.is_uniform,
-            WIDE=launch.needs_wide_index(dkdv, q, k, v, d_out, attn_mask),
-            **head_dims,
-            **flags,
-            **launch.launch_options(dkdv),
-        )
-        attention_bwd_dq_kernel[(triton.cdiv(T, dq_config.block_t) * B * H,)](
-            q,
-            k,
-            v,
-            d_out,
-            row_terms,
-            mask,
-            visibility.key_start,
-            visibility.key_end,
-            prior_parameters,
-            gradients.q,
-            scale_dots,
-            values,
-            gain_strides,
-            *tensor_strides,
-            *sizes,
-            BLOCK_T=dq_config.block_t,
-            BLOCK_S=dq_config.block_s,
-            ADD_LOG2_PRIOR=prior.add_log2,
-            UNIFORM_PRIOR=prior.is_uniform,
-            WIDE=launch.needs_wide_index(dq_config, q, k, v, d_out, attn_mask),
-            **head_dims,
-            **flags,
-            **launch.launch_options(dq_config),
-        )
-        if needs.prior:
-            attention_bwd_dprior_kernel[(triton.cdiv(T, dprior.block_t) * B * H,)](
-                q,
-                k,
-                v,
-                d_out,
-                row_terms,
-                prior_dots,
-                mask,
-                visibility.key_start,
-                visibility.key_end,
-                prior_parameters,
-                d_table,
-                values,
-                gain_strides,
-                *tensor_strides,
-                *sizes,
-                BLOCK_T=dprior.block_t,
-                BLOCK_S=dprior.block_s,
-                ADD_LOG2_PRIOR=prior.add_log2,
-                TIMES_PRIOR=prior.times,
-                WIDE=launch.needs_wide_index(dprior, q, k, v, d_out, attn_mask),
-                **head_dims,
-                **flags,
-                **launch.launch_options(dprior),
-            )
+        read = (q, k, v, d_out, row_terms)
+        weigh = (mask, *key_range, prior_parameters)
+        plan.dkdv(*read, *weigh, gradients.k, gradients.v, gains)
+        plan.dq(*read, *weigh, gradients.q, scale_dots, gains)
+        if plan.dprior is not None:
+            plan.dprior(*read, prior_dots, *weigh, d_table, gains)
     d_gains = None if gain_dots is None else _gain_gradients(gain_dots.sum((1, 3)), gains)
     d_scale = None if scale_dots is None else scale_dots.sum((0, 2))
     # The table is in log2.
     d_prior = None if d_table is None else math.log(2) * d_table.sum((1, 3)).T
     return gradients._replace(gains=d_gains, scale=d_scale, prior=d_prior)
+
+
+def _per_head(gain: float | torch.Tensor) -> float | torch.Tensor:
+    return gain.to(torch.float32) if isinstance(gain, torch.Tensor) else gain
 
 
 def _gain_gradients(dots: torch.Tensor, gains: tuple[float | torch.Tensor, ...]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ from .primitives import (
     store_tile,
     visible_keys,
 )
-from .value_sums import value_block_sums, visible_value_sum
+from .value_sums import ValueBlockSums, visible_value_sum
 
 if TYPE_CHECKING:
     from .attention import Call, ForwardResult
@@ -286,56 +286,76 @@ def attention_fwd_kernel(
     store_tile(out_base, row, T, out_strides[2:], out, DV, BLOCK_T, BLOCK_DV, WIDE)
 
 
-def launch_forward(call: Call, result: ForwardResult) -> None:
-    """Launch the forward kernel, which fills `result`; both as in `attention`."""
-    q, k, v, residual, gains, visibility, prior, prior_parameters = call
+class _Plan(NamedTuple):
+    """The launches of a forward; value_sums is None where it does not need the sums."""
+
+    value_sums: ValueBlockSums | None
+    forward: launch.Launch
+
+
+def _plan(call: Call, saves: bool) -> _Plan:
+    q, k, v, residual, gains, visibility, prior, _ = call
     B, H, T, D = q.shape
     HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
-    centered, weighed_by = call.is_centered, call.weighed_by
+    attn_mask = visibility.attn_mask
     arch = launch.architecture(q)
-    config = pick_config("forward", D, DV, q.element_size(), arch, weighed_by=weighed_by)
-    with launch.on_device(q):
-        block_sums = value_block_sums(v, config) if centered and weighed_by is None else None
-        values, gain_strides, gain_is_tensor = launch.gain_arguments(gains)
-        attention_fwd_kernel[(triton.cdiv(T, config.block_t) * B * H,)](
-            q,
-            k,
-            v,
-            residual,
-            *result,
-            block_sums,
-            launch.as_bytes(visibility.attn_mask),
-            visibility.key_start,
-            visibility.key_end,
-            prior_parameters,
-            values,
+    config = pick_config("forward", D, DV, q.element_size(), arch, weighed_by=call.weighed_by)
+    gain_strides, gain_is_tensor = launch.gain_arguments(gains)
+    forward = launch.Launch(
+        attention_fwd_kernel,
+        triton.cdiv(T, config.block_t) * B * H,
+        (
             gain_strides,
             q.stride(),
             k.stride(),
             v.stride(),
             launch.strides(residual),
-            result.out.stride(),
-            launch.strides(visibility.attn_mask),
+            (H * T * DV, T * DV, DV, 1),
+            launch.strides(attn_mask),
             H,
             H // HKV,
             T,
             S,
             launch.clamp_offset(visibility.q_offset),
             launch.diagonal(visibility, T, S),
-            D=D,
-            DV=DV,
-            BLOCK_D=block_width(D),
-            BLOCK_DV=block_width(DV),
-            BLOCK_T=config.block_t,
-            BLOCK_S=config.block_s,
-            SUM_BLOCK=config.sum_block,
-            HAS_IDENTITY=call.has_identity,
-            CENTERED=centered,
-            GAIN_IS_TENSOR=gain_is_tensor,
-            ADD_LOG2_PRIOR=prior.add_log2,
-            TIMES_PRIOR=prior.times,
-            UNIFORM_PRIOR=prior.is_uniform,
-            WIDE=launch.needs_wide_index(config, q, k, v, residual, visibility.attn_mask),
-            DOT_PRECISION=launch.dot_precision(q.dtype, arch, D, DV),
-            **launch.launch_options(config),
+        ),
+        config,
+        D=D,
+        DV=DV,
+        BLOCK_D=block_width(D),
+        BLOCK_DV=block_width(DV),
+        BLOCK_T=config.block_t,
+        BLOCK_S=config.block_s,
+        SUM_BLOCK=config.sum_block,
+        HAS_IDENTITY=call.has_identity,
+        CENTERED=call.is_centered,
+        GAIN_IS_TENSOR=gain_is_tensor,
+        ADD_LOG2_PRIOR=prior.add_log2,
+        TIMES_PRIOR=prior.times,
+        UNIFORM_PRIOR=prior.is_uniform,
+        WIDE=launch.needs_wide_index(config, q, k, v, residual, attn_mask),
+        DOT_PRECISION=launch.dot_precision(q.dtype, arch, D, DV),
+    )
+    needs_sums = call.is_centered and call.weighed_by is None
+    return _Plan(ValueBlockSums(v, config) if needs_sums else None, forward)
+
+
+def launch_forward(call: Call, result: ForwardResult) -> None:
+    """Launch the forward kernel, which fills `result`; both as in `attention`."""
+    q, k, v, residual, gains, visibility, _, prior_parameters = call
+    saves = result.excess is not None
+    with launch.on_device(q):
+        plan = launch.plan_of(_plan, call, saves)
+        plan.forward(
+            q,
+            k,
+            v,
+            residual,
+            *result,
+            None if plan.value_sums is None else plan.value_sums(v),
+            launch.as_bytes(visibility.attn_mask),
+            visibility.key_start,
+            visibility.key_end,
+            prior_parameters,
+            tuple(gains),
         )

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -32,6 +31,7 @@ from ..visibility import Visibility
 from . import configs, launch
 from .attention import Needs, attention_bwd, attention_fwd
 from .priors import PRIORS, prior_parameters
+from .stand_in import StandInDriver
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory that one program may use; sm_80's table also serves consumer cards."""
@@ -121,28 +121,6 @@ class Row:
     has_float64: bool
 
 
-def target_of(arch: int | str) -> GPUTarget:
-    """Compilation target of an architecture of the tables."""
-    return GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
-
-
-class _StandInDriver:
-    """Names a target; nothing can be launched."""
-
-    def __init__(self, arch: int | str):
-        self.target = target_of(arch)
-        self.device = configs.ARCHITECTURES.index(arch)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def _compiling_for(arch: int | str) -> Iterator[list]:
     """Let launches compile for `arch` instead of running; yield (name, kernel, log) of each.
@@ -163,7 +141,8 @@ def _compiling_for(arch: int | str) -> Iterator[list]:
     with knobs.nvidia.scope(), knobs.compilation.scope(), launch.assume_architecture(arch):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
-        driver.set_active(_StandInDriver(arch))
+        driver.set_active(StandInDriver(arch))
+        launch.forget_plans()  # those of earlier cases have compiled already
         JITFunction.run = compile_only
         try:
             yield compiled

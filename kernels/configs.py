@@ -52,6 +52,11 @@ ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
 _override: ContextVar[TileConfig | None] = ContextVar("tile_config", default=None)
 
 
+def overriding_config() -> TileConfig | None:
+    """The configuration of the `override_config` around, if any."""
+    return _override.get()
+
+
 @contextmanager
 def override_config(config: TileConfig) -> Iterator[None]:
     """Make every kernel launched inside take `config`, for tests and tuning."""

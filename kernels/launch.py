@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import triton
+from triton import knobs
+from triton.runtime import driver
 
-from .configs import TileConfig
+from .configs import TileConfig, overriding_config
 
 if TYPE_CHECKING:
     from ..visibility import Visibility
+    from .attention import Call
 
 _INT32_MAX = 2**31 - 1
 
@@ -83,25 +86,105 @@ def needs_wide_index(config: TileConfig, *tensors: torch.Tensor | None) -> bool:
     return False
 
 
-def launch_options(config: TileConfig) -> dict[str, int | bool]:
-    """Options of one launch; FP fusion is pinned because its default changes between releases."""
-    return {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
-    }
+class Launch:
+    """One kernel and all that the signature of a call fixes; calling it launches the kernel.
+
+    The first launch goes through Triton, which compiles. Later ones go to the compiled kernel
+    itself and spare the host Triton's search for it, which costs more than all else here. A kernel
+    takes what varies between calls of one signature first, then `fixed`, and its constants last.
+    """
+
+    def __init__(
+        self, kernel: Any, programs: int, fixed: tuple, config: TileConfig, **constants: Any
+    ) -> None:
+        self.kernel, self.grid, self.fixed = kernel, (programs, 1, 1), fixed
+        self.constants = constants
+        # FP fusion is pinned because its default changes between releases.
+        self.options = {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": True,
+        }
+        self.compiled = None
+
+    def __call__(self, *varying: Any) -> None:
+        arguments = (*varying, *self.fixed)
+        compiled = self.compiled
+        if compiled is None:
+            # None again in the interpreter.
+            compiled = self.kernel[self.grid](*arguments, **self.constants, **self.options)
+            if compiled is not None:
+                names = self.kernel.arg_names[len(arguments) :]
+                self.constant_values = tuple(self.constants[name] for name in names)
+                self.compiled = compiled
+            return
+        arguments += self.constant_values
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        run = compiled.run  # loads the binary, which `function` needs
+        run(
+            *self.grid,
+            stream,
+            compiled.function,
+            compiled.packed_metadata,
+            compiled.launch_metadata(self.grid, stream, *arguments),
+            knobs.runtime.launch_enter_hook,
+            knobs.runtime.launch_exit_hook,
+            *arguments,
+        )
+
+
+def signature(x: Any) -> Any:
+    """What Triton may compile for: of a tensor dtype, sizes, strides and alignment, not values."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0
+    if isinstance(x, tuple):
+        return tuple(signature(element) for element in x)
+    return x
+
+
+_MOST_PLANS = 4096
+_plans: dict[tuple, Any] = {}
+_Plan = TypeVar("_Plan")
+
+
+def plan_of(build: Callable[..., _Plan], call: Call, *others: Any) -> _Plan:
+    """Return ``build(call, *others)``, or what it returned for a call of the same signature."""
+    key = (
+        build,
+        call.q.device,
+        architecture(call.q),
+        overriding_config(),
+        signature(call[:4]),
+        # Of a number only whether its term takes part.
+        tuple(gain == 0.0 if type(gain) is float else signature(gain) for gain in call.gains),
+        signature(tuple(call.visibility)),
+        call.prior,
+        signature(call.prior_parameters),
+        signature(others),
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()  # lengths that never come again
+        plan = _plans[key] = build(call, *others)
+    return plan
+
+
+def forget_plans() -> None:
+    """Let the next call of each signature go through Triton again."""
+    _plans.clear()
 
 
 def gain_arguments(
     gains: tuple[float | torch.Tensor, ...],
-) -> tuple[tuple[float | torch.Tensor, ...], tuple[int, ...], tuple[bool, ...]]:
-    """Split gains into kernel arguments: values, per-head strides, which of them are tensors."""
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Return the strides of gains from head to head, and which of them are tensors."""
     is_tensor = tuple(isinstance(gain, torch.Tensor) for gain in gains)
     strides = tuple(
         gain.stride(0) if tensor and gain.ndim == 1 else 0
         for gain, tensor in zip(gains, is_tensor, strict=True)
     )
-    return gains, strides, is_tensor
+    return strides, is_tensor
 
 
 def strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
@@ -127,6 +210,11 @@ def clamp_offset(q_offset: int) -> int:
     return min(max(q_offset, -(2**30)), 2**30)
 
 
+_NOTHING = nullcontext()
+
+
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU the current one for the launches inside."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)

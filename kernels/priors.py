@@ -22,7 +22,7 @@ import triton.language as tl
 from .primitives import LOG2_E
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prior:
     """A prior for the kernels; `is_uniform` marks 1/n over the n visible keys of a row.
 

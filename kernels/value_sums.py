@@ -38,27 +38,31 @@ def value_block_sums_kernel(
     tl.store(sums_ptr + tl.cast(pid, tl.int64) * DV + offs_d, total, mask=offs_d < DV)
 
 
-def value_block_sums(v: torch.Tensor, config: TileConfig) -> torch.Tensor:
-    """Sum v (B, Hkv, S, Dv) over blocks of `sum_block` rows.
+class ValueBlockSums:
+    """Sums of v (B, Hkv, S, Dv) over blocks of `sum_block` rows, for one signature of v.
 
-    Returns float32 (B, Hkv, ceil(S / sum_block), Dv).
+    A call returns float32 (B, Hkv, ceil(S / sum_block), Dv).
     """
-    B, HKV, S, DV = v.shape
-    blocks = triton.cdiv(S, config.sum_block)
-    sums = torch.empty((B, HKV, blocks, DV), dtype=torch.float32, device=v.device)
-    value_block_sums_kernel[(B * HKV * blocks,)](
-        v,
-        sums,
-        v.stride(),
-        HKV,
-        S,
-        DV=DV,
-        BLOCK_DV=block_width(DV),
-        SUM_BLOCK=config.sum_block,
-        WIDE=launch.needs_wide_index(config, v),
-        **launch.launch_options(config),
-    )
-    return sums
+
+    def __init__(self, v: torch.Tensor, config: TileConfig) -> None:
+        B, HKV, S, DV = v.shape
+        blocks = triton.cdiv(S, config.sum_block)
+        self.shape = (B, HKV, blocks, DV)
+        self.launch = launch.Launch(
+            value_block_sums_kernel,
+            B * HKV * blocks,
+            (v.stride(), HKV, S),
+            config,
+            DV=DV,
+            BLOCK_DV=block_width(DV),
+            SUM_BLOCK=config.sum_block,
+            WIDE=launch.needs_wide_index(config, v),
+        )
+
+    def __call__(self, v: torch.Tensor) -> torch.Tensor:
+        sums = torch.empty(self.shape, dtype=torch.float32, device=v.device)
+        self.launch(v, sums)
+        return sums
 
 
 @triton.jit

@@ -1,0 +1,110 @@
+"""Launches of a signature that came before go to the compiled kernels, with the same arguments."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+# Without the interpreter: Triton compiles for a stand-in, which keeps what it would launch.
+PREPARE = """
+    from unittest import mock
+    import torch
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+    from shaped_attn import ESPA, shaped_attention, validation
+    from shaped_attn.kernels import launch
+    from shaped_attn.kernels.stand_in import StandInDriver
+
+    stand_in = StandInDriver(80)
+    driver.set_active(stand_in)
+    compilations = []
+    through_triton = JITFunction.run
+    def run(self, *args, **kwargs):
+        compilations.append(self.fn.__name__)
+        return through_triton(self, *args, **kwargs)
+    mock.patch.object(JITFunction, "run", run).start()
+    mock.patch.object(validation, "is_interpreted", lambda: True).start()
+
+    def tensors(length=40, kv_heads=1):
+        q = torch.randn(1, 2, length, 16).bfloat16()
+        k, v = torch.randn(2, 1, kv_heads, length, 16).bfloat16()
+        return [x.requires_grad_() for x in (q, k, v)]
+
+    def describe(x):
+        if isinstance(x, torch.Tensor):
+            return x.dtype, x.shape, x.stride()
+        return tuple(map(describe, x)) if isinstance(x, tuple) else x
+
+    def call(*inputs, **options):
+        "Launch a forward and a backward; return what was launched and what went through Triton."
+        stand_in.launches.clear()
+        compilations.clear()
+        with launch.assume_architecture(80):
+            out = shaped_attention(*inputs, impl="triton", **options)
+            out.sum().backward()
+        # All but the metadata, a new object for each launch.
+        return [describe((*x[:6], *x[7:])) for x in stand_in.launches], list(compilations)
+"""
+
+
+def run(script):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PREPARE) + textwrap.dedent(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "is_causal=True",
+        "softmax_gain=torch.ones(2, requires_grad=True), scale=torch.ones(()).requires_grad_()",
+        "attn_mask=torch.ones(40, 40).bool(), center_gain=0.0",
+        "prior=ESPA(0.5, torch.tensor([0.1, 0.2], requires_grad=True)), is_causal=True",
+    ],
+    ids=["causal", "learned_gains", "mask", "learned_prior"],
+)
+def test_the_second_call_launches_what_the_first_did(options):
+    run(f"""
+        options = dict({options})
+        first, compiled = call(*tensors(), **options)
+        assert len(first) == len(compiled) >= 4, compiled
+        second, compiled = call(*tensors(), **options)
+        assert compiled == [], compiled
+        assert second == first
+        assert all(x[4] for x in second)  # the function to launch
+    """)
+
+
+def test_what_triton_may_compile_for_is_in_the_signature():
+    run("""
+        q, k, v = tensors()
+        call(q, k, v, is_causal=True)
+        assert call(q, k, v, is_causal=True)[1] == []
+        shifted = torch.randn(2 * 40 * 16 + 1).bfloat16()[1:].view(1, 2, 40, 16).requires_grad_()
+        changes = [
+            ((shifted, k, v), {}),
+            ((q.detach().mT.contiguous().mT.requires_grad_(), k, v), {}),
+            (tensors(24), {}),
+            (tensors(kv_heads=2), {}),
+            ([x.detach().half().requires_grad_() for x in (q, k, v)], {}),
+            ((q, k, v), {"center_gain": 0.0}),
+            ((q, k, v), {"center_gain": torch.ones(2)}),
+            ((q, k, v), {"center_gain": torch.ones(())}),
+            ((q, k, v), {"q_offset": 3, "identity_gain": 0.0}),
+            ((q, k, v), {"key_start": torch.zeros(1, dtype=torch.int32)}),
+            ((q, k, v), {"key_start": torch.zeros(1, dtype=torch.int64)}),
+            ((q, k, v, torch.randn(1, 2, 40, 16)), {}),
+        ]
+        for inputs, options in changes:
+            launches, compiled = call(*inputs, is_causal=True, **options)
+            assert len(compiled) == len(launches), options
+        # But not the value of a number.
+        assert call(q, k, v, is_causal=True, scale=0.3, center_gain=0.2)[1] == []
+    """)
