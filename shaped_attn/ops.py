@@ -7,6 +7,8 @@ the first call, not here.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, validation
 from .arguments import Gains, accumulation_dtype, is_zero, output_dtype
+from .kernels.configs import padded_width
 from .priors import PriorTable, check_learnable, check_table
 from .visibility import Visibility
 
@@ -78,6 +81,14 @@ _attention_op = torch.ops.shaped_attn.attention.default
 _backward_op = torch.ops.shaped_attn.attention_backward.default
 
 
+@functools.cache
+def _kernels() -> ModuleType:
+    """Import the kernels, and Triton with them; an import statement costs a microsecond a call."""
+    from .kernels import attention
+
+    return attention
+
+
 def _uses_kernels(q: Tensor) -> bool:
     return q.device.type != "cpu" or validation.is_interpreted()
 
@@ -136,9 +147,7 @@ def _attention(*tensors: Tensor | None, save_for_backward: bool = True, **option
     gains, visibility, table = _checked(inputs, options)
     if _uses_kernels(q):
         validation.check_kernel_limits(q, v, residual)
-        from .kernels.attention import attention_fwd
-
-        return attention_fwd(
+        return _kernels().attention_fwd(
             q,
             k,
             v,
@@ -163,8 +172,6 @@ def _attention_fake(*tensors: Tensor | None, save_for_backward: bool = True, **o
     rows = tuple(q.shape[:3])
     excess = center = row_stats = (0,)
     if save_for_backward and _uses_kernels(q):
-        from .kernels.configs import padded_width
-
         is_weighed = visibility.attn_mask is not None or table is not None
         excess = (*rows, padded_width(v.shape[3]))
         center = excess if is_weighed and not is_zero(gains.center) else (0,)
@@ -205,12 +212,12 @@ def _attention_backward(
     arguments = (d_out, d_lse, q, k, v, residual, gains, visibility)
     needs = (needs_residual, needs_gains, needs_scale, needs_prior)
     if _uses_kernels(q):
-        from .kernels.attention import Needs, attention_bwd
-
+        kernels = _kernels()
         if needs_prior:
             check_learnable(table)
         prior_options = _prior_options(table, q, k, visibility.q_offset)
-        grads = attention_bwd(*arguments, *saved, needs=Needs(*needs), **prior_options)
+        needs = kernels.Needs(*needs)
+        grads = kernels.attention_bwd(*arguments, *saved, needs=needs, **prior_options)
     else:
         grads = _composite_backward(*arguments, table, *needs)
     if needs_prior:

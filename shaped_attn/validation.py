@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Gain, Gains
+from .kernels.configs import MAX_HEAD_DIM
 from .visibility import Visibility
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
@@ -407,8 +408,6 @@ def resolve_impl(impl: str, q: Tensor) -> str:
 
 def check_kernel_limits(q: Tensor, v: Tensor, residual: Tensor | None) -> None:
     """Check that the Triton kernels take these dtypes and head dimensions."""
-    from .kernels.configs import MAX_HEAD_DIM
-
     for name, x in (("q", q), ("residual", residual)):
         if x is not None and x.dtype == torch.float64:
             fail(
