@@ -82,7 +82,7 @@ class AttentionGradients(NamedTuple):
 
     q, k, v and residual are allocated for the family, which returns the others, sums over rows and
     batch entries: gains (5, H) float32, of the identity, softmax, center, skip and branch gain of
-    each head; scale (H,) float32; prior (H, 5) float32, of the table of a geometric prior.
+    each head; scale (H,) float32; prior (H, entries) float32, of the table of its prior.
     """
 
     q: torch.Tensor
@@ -215,7 +215,7 @@ def attention_bwd(
     row_stats those of the `ForwardResult` of the same arguments with save_for_backward=True.
     """
     if q.shape[0] == 0 or q.shape[2] == 0 or k.shape[2] == 0:
-        return _gradients_of_nothing(d_out, q, k, v, residual, gains, needs)
+        return _gradients_of_nothing(d_out, q, k, v, residual, gains, needs, prior)
     head_dim, value_dim = q.shape[3], v.shape[3]
     d_out, q, k, v, residual = (pad_columns(x) for x in (d_out, q, k, v, residual))
     call = Call(q, k, v, residual, gains, visibility, prior, prior_parameters)
@@ -234,7 +234,7 @@ def attention_bwd(
     )
 
 
-def _gradients_of_nothing(d_out, q, k, v, residual, gains, needs: Needs) -> AttentionGradients:
+def _gradients_of_nothing(d_out, q, k, v, residual, gains, needs, prior) -> AttentionGradients:
     """Gradients when there is no query, no key or no batch entry: only the residual has a part."""
     heads = d_out.shape[1]
     d_residual = d_gains = d_scale = d_prior = None
@@ -250,6 +250,6 @@ def _gradients_of_nothing(d_out, q, k, v, residual, gains, needs: Needs) -> Atte
     if needs.scale:
         d_scale = _empty(d_out, (heads,)).zero_()
     if needs.prior:
-        d_prior = _empty(d_out, (heads, 5)).zero_()
+        d_prior = _empty(d_out, (heads, prior.entries)).zero_()
     zeros = (_empty(x, x.shape, x.dtype).zero_() for x in (q, k, v))
     return AttentionGradients(*zeros, d_residual, d_gains, d_scale, d_prior)

@@ -18,6 +18,7 @@ from .bwd_dq import attention_bwd_dq_kernel
 from .bwd_preprocess import attention_bwd_preprocess_kernel
 from .configs import TileConfig, block_width, pick_config
 from .value_sums import ValueBlockSums
+from .visibility import as_bytes, visibility_sizes
 
 if TYPE_CHECKING:
     from .attention import AttentionGradients, Call, ForwardResult, Needs
@@ -54,8 +55,7 @@ def _plan(call: Call, d_out: torch.Tensor, d_lse: torch.Tensor | None, needs: Ne
         H // HKV,
         T,
         S,
-        launch.clamp_offset(visibility.q_offset),
-        launch.diagonal(visibility, T, S),
+        *visibility_sizes(visibility, T, S),
     )
     strides = (q.stride(), k.stride(), v.stride(), d_out.stride(), launch.strides(attn_mask))
     flags = {
@@ -120,6 +120,8 @@ def _plan(call: Call, d_out: torch.Tensor, d_lse: torch.Tensor | None, needs: Ne
             triton.cdiv(T, dprior.block_t) * B * H,
             dprior,
             TIMES_PRIOR=prior.times,
+            ACCUMULATE=prior.accumulate,
+            ENTRIES=prior.entries,
         )
         if needs.prior
         else None,
@@ -137,11 +139,11 @@ def launch_backward(
     needs: Needs,
 ) -> AttentionGradients:
     """Launch the backward kernels, which fill `gradients`; return them with the sums."""
-    q, k, v, residual, gains, visibility, _, prior_parameters = call
+    q, k, v, residual, gains, visibility, prior, prior_parameters = call
     rows = q.shape[:3]
     gains = tuple(gains)
     d_lse = None if d_lse is None else d_lse.contiguous()
-    mask = launch.as_bytes(visibility.attn_mask)
+    mask = as_bytes(visibility.attn_mask)
     key_range = (visibility.key_start, visibility.key_end)
 
     def empty(shape: tuple[int, ...] | None) -> torch.Tensor | None:
@@ -152,7 +154,7 @@ def launch_backward(
         row_terms = empty((4, *rows))
         gain_dots, scale_dots = empty(plan.gain_dots), empty(plan.scale_dots)
         prior_dots = empty(rows if needs.prior else None)
-        d_table = empty((5, *rows) if needs.prior else None)
+        d_table = empty((prior.entries, *rows) if needs.prior else None)
         plan.preprocess(
             v,
             residual,

@@ -10,20 +10,31 @@ import triton.language as tl
 from . import launch
 from .configs import block_width, pick_config
 from .primitives import (
+    BRANCH,
+    CENTER,
+    IDENTITY,
     LN_2,
     LOG2_E,
+    SCALE,
+    SKIP,
+    SOFTMAX,
     cast,
     dot,
     head_base,
-    key_blocks,
     load_gain,
-    load_key_range,
-    load_mask,
     load_tile,
     store_tile,
-    visible_keys,
 )
 from .value_sums import ValueBlockSums, visible_value_sum
+from .visibility import (
+    as_bytes,
+    key_blocks,
+    load_key_range,
+    load_mask,
+    visibility_sizes,
+    visible_count,
+    visible_keys,
+)
 
 if TYPE_CHECKING:
     from .attention import Call, ForwardResult
@@ -115,7 +126,7 @@ def attention_fwd_kernel(
     if mask_ptr is not None:
         mask_base = head_base(mask_ptr, batch, head, mask_strides)
 
-    scale_log2 = LOG2_E * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 5, head)
+    scale_log2 = LOG2_E * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
 
     key_lo, key_hi = load_key_range(key_start_ptr, key_end_ptr, batch, S)
     # [BLOCK_T]
@@ -165,8 +176,7 @@ def attention_fwd_kernel(
             if CENTERED:
                 value_sum = dot(cast(at_zero, v.dtype), v, value_sum, DOT_PRECISION)
         else:
-            tile_end = tl.minimum(tl.minimum(key_hi, offs_t + diagonal), key + BLOCK_S)
-            count = tl.maximum(tile_end - tl.maximum(key_lo, key), 0).to(tl.float32)
+            count = visible_count(offs_t, key, key_lo, key_hi, diagonal, BLOCK_S)
             tile_sum = count
         if CENTERED:
             # The geometric mean weight of a row's first visible tile, exact in the dtype of v.
@@ -265,18 +275,18 @@ def attention_fwd_kernel(
         tl.store(stats + 2 * plane, weight_sum, mask=inside)
 
     # Loaded this late, the gains cost no registers above.
-    branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 4, head)
-    softmax_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 1, head)
+    branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, BRANCH, head)
+    softmax_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SOFTMAX, head)
     out = softmax_gain * prior_sum * excess
     if CENTERED:
-        center_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 2, head)
+        center_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, CENTER, head)
         out += (softmax_gain - center_gain) * center
     if HAS_IDENTITY:
-        identity_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 0, head)
+        identity_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, IDENTITY, head)
         own = load_tile(v_base, q_offset + row, S, v_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE)
         out += identity_gain * own.to(tl.float32)
     if residual_ptr is not None:
-        skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 3, head)
+        skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SKIP, head)
         residual_base = head_base(residual_ptr, batch, head, residual_strides)
         residual = load_tile(
             residual_base, row, T, residual_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE
@@ -316,8 +326,7 @@ def _plan(call: Call, saves: bool) -> _Plan:
             H // HKV,
             T,
             S,
-            launch.clamp_offset(visibility.q_offset),
-            launch.diagonal(visibility, T, S),
+            *visibility_sizes(visibility, T, S),
         ),
         config,
         D=D,
@@ -353,7 +362,7 @@ def launch_forward(call: Call, result: ForwardResult) -> None:
             residual,
             *result,
             None if plan.value_sums is None else plan.value_sums(v),
-            launch.as_bytes(visibility.attn_mask),
+            as_bytes(visibility.attn_mask),
             visibility.key_start,
             visibility.key_end,
             prior_parameters,

@@ -6,17 +6,20 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    BRANCH,
+    CENTER,
+    IDENTITY,
     LOG2_E,
+    SCALE,
+    SOFTMAX,
     cast,
     dot,
     head_base,
     load_gain,
-    load_key_range,
-    load_mask,
     load_tile,
     store_tile,
-    visible_keys,
 )
+from .visibility import load_key_range, load_mask, query_blocks, visible_keys
 
 
 @triton.jit
@@ -40,12 +43,12 @@ def _group_scales(
     largest_weight = tl.full((), 1e-6, tl.float32)
     for member in tl.range(0, GROUP):
         head = first_head + member
-        scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 5, head)
+        scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
         largest_scale = tl.maximum(largest_scale, tl.abs(scale))
         if FP16:
-            branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 4, head)
-            softmax_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 1, head)
-            center_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 2, head)
+            branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, BRANCH, head)
+            softmax_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SOFTMAX, head)
+            center_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, CENTER, head)
             size = tl.abs(branch_gain) * (tl.abs(softmax_gain) + tl.abs(center_gain))
             largest_weight = tl.maximum(largest_weight, size)
     weight_lift = tl.full((), 1.0, tl.float32)
@@ -53,108 +56,6 @@ def _group_scales(
         lift = 12.0 if UNIFORM_PRIOR else 5.0
         weight_lift = tl.math.exp2(lift - tl.math.ceil(tl.math.log2(largest_weight)))
     return largest_scale, weight_lift
-
-
-@triton.jit
-def _accumulate_dkdv(
-    dk,
-    dv,
-    k,
-    v,
-    step,
-    first_row,
-    tiles,
-    q_ptr,
-    d_out_ptr,
-    row_terms_ptr,
-    mask_ptr,
-    prior,
-    batch,
-    first_head,
-    key,
-    H,
-    T,
-    S,
-    plane,
-    key_lo,
-    key_hi,
-    q_offset,
-    diagonal,
-    largest_scale,
-    weight_lift,
-    gains,
-    gain_strides,
-    q_strides,
-    d_out_strides,
-    mask_strides,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CENTERED: tl.constexpr,
-    MASKED: tl.constexpr,
-    GAIN_IS_TENSOR: tl.constexpr,
-    ADD_LOG2_PRIOR: tl.constexpr,
-    TIMES_PRIOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
-):
-    """Add query tile number `step`, over all heads of a group, to the gradients of one block."""
-    dtype: tl.constexpr = k.dtype
-    head = first_head + step // tiles
-    row = first_row + step % tiles * BLOCK_T
-    q_base = head_base(q_ptr, batch, head, q_strides)
-    d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
-    row_terms = row_terms_ptr + (tl.cast(batch, tl.int64) * H + head) * T
-    scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 5, head)
-    # [BLOCK_T]
-    offs_t = row + tl.arange(0, BLOCK_T)
-    inside = offs_t < T
-    # Rows past T get weight 0, so they need no mask below.
-    row_max = tl.load(row_terms + offs_t, mask=inside, other=float("inf"))
-    softmax_weight = tl.load(row_terms + plane + offs_t, mask=inside, other=0.0)
-    delta = tl.load(row_terms + 2 * plane + offs_t, mask=inside, other=0.0)
-    # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
-    q = load_tile(q_base, row, T, q_strides[2:], D, BLOCK_T, BLOCK_D, True, WIDE)
-    d_out = load_tile(d_out_base, row, T, d_out_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE)
-    if d_out.dtype != dtype:
-        d_out = cast(d_out.to(tl.float32), dtype)
-    # [1, BLOCK_T], [BLOCK_S, 1]
-    positions = (q_offset + offs_t)[None, :]
-    keys = (key + tl.arange(0, BLOCK_S))[:, None]
-    # [BLOCK_S, BLOCK_T]
-    zeros = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
-    scores = dot(k, tl.trans(q), zeros, DOT_PRECISION) * (LOG2_E * scale)
-    scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
-    weights = tl.math.exp2(scores - row_max[None, :])
-    if MASKED:
-        visible = visible_keys(offs_t[None, :], keys, T, key_lo, key_hi, diagonal)
-        if mask_ptr is not None:
-            mask_base = head_base(mask_ptr, batch, head, mask_strides)
-            visible = visible & load_mask(
-                mask_base, row, key, T, S, mask_strides, BLOCK_T, BLOCK_S, True, WIDE
-            )
-        weights = tl.where(visible, weights, 0.0)
-    value_weights = weights * softmax_weight[None, :]
-    if CENTERED:
-        center_weight = tl.load(row_terms + 3 * plane + offs_t, mask=inside, other=0.0)
-        center_weights = center_weight[None, :] + zeros
-        if MASKED:
-            center_weights = tl.where(visible, center_weights, 0.0)
-        value_weights -= TIMES_PRIOR(center_weights, positions, keys, key_lo, head, prior)
-    if dtype == tl.float16:
-        value_weights *= weight_lift
-    dv = dot(cast(value_weights, dtype), d_out, dv, DOT_PRECISION)
-    d_weights = dot(v, tl.trans(d_out), zeros, DOT_PRECISION)
-    # The heads of a group share one accumulator in units of the largest scale.
-    score_factor = tl.where(largest_scale > 0.0, scale / tl.maximum(largest_scale, 1e-30), 0.0)
-    score_weight = softmax_weight * score_factor
-    delta *= score_factor
-    d_scores = weights * (score_weight[None, :] * d_weights - delta[None, :])
-    dk = dot(cast(d_scores, dtype), q, dk, DOT_PRECISION)
-    return dk, dv
 
 
 @triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
@@ -199,6 +100,7 @@ def attention_bwd_dkdv_kernel(
     DOT_PRECISION: tl.constexpr,
 ):
     WEIGHED: tl.constexpr = (mask_ptr is not None) or (not UNIFORM_PRIOR)
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
     blocks = tl.cdiv(S, BLOCK_S)
     pid = tl.program_id(0)
     # First keys first: under a causal mask they take longest.
@@ -218,17 +120,9 @@ def attention_bwd_dkdv_kernel(
     dv = tl.zeros((BLOCK_S, BLOCK_DV), tl.float32)
 
     key_lo, key_hi = load_key_range(key_start_ptr, key_end_ptr, batch, S)
-    # Rows [masked_from, full_from) see some of these keys, rows from full_from on see all.
-    in_range = (key < key_hi) & (key + BLOCK_S > key_lo)
-    whole = (key >= key_lo) & (key + BLOCK_S <= key_hi)
-    masked_from = tl.minimum(tl.maximum(tl.maximum(key, key_lo) + 1 - diagonal, 0), T)
-    masked_from = tl.where(in_range, masked_from, T) // BLOCK_T * BLOCK_T
-    full_from = tl.cdiv(T, BLOCK_T) * BLOCK_T
-    if not WEIGHED:
-        sees_all = tl.cdiv(tl.maximum(key + BLOCK_S - diagonal, 0), BLOCK_T) * BLOCK_T
-        full_from = tl.where(whole, tl.minimum(sees_all, full_from), full_from)
-    masked_from = tl.where(in_range, masked_from, full_from)
-
+    masked_from, full_from = query_blocks(
+        key, T, key_lo, key_hi, diagonal, BLOCK_T, BLOCK_S, WEIGHED
+    )
     largest_scale, weight_lift = _group_scales(
         gains,
         gain_strides,
@@ -238,110 +132,77 @@ def attention_bwd_dkdv_kernel(
         k.dtype == tl.float16,
         UNIFORM_PRIOR,
     )
-    # One loop over the tiles of all heads of the group: nested loops cost registers.
-    masked_tiles = (full_from - masked_from) // BLOCK_T
-    for step in tl.range(0, GROUP * masked_tiles):
-        dk, dv = _accumulate_dkdv(
-            dk,
-            dv,
-            k,
-            v,
-            step,
-            masked_from,
-            masked_tiles,
-            q_ptr,
-            d_out_ptr,
-            row_terms_ptr,
-            mask_ptr,
-            prior,
-            batch,
-            kv_head * GROUP,
-            key,
-            H,
-            T,
-            S,
-            plane,
-            key_lo,
-            key_hi,
-            q_offset,
-            diagonal,
-            largest_scale,
-            weight_lift,
-            gains,
-            gain_strides,
-            q_strides,
-            d_out_strides,
-            mask_strides,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_T,
-            BLOCK_S,
-            CENTERED,
-            True,
-            GAIN_IS_TENSOR,
-            ADD_LOG2_PRIOR,
-            TIMES_PRIOR,
-            WIDE,
-            DOT_PRECISION,
+    # First the rows that need a mask, then those that see all keys of the block.
+    for phase in tl.static_range(1 if WEIGHED else 2):
+        from_row = masked_from if phase == 0 else full_from
+        tiles = (
+            (full_from - masked_from) // BLOCK_T if phase == 0 else tl.cdiv(T - full_from, BLOCK_T)
         )
-    if not WEIGHED:
-        full_tiles = tl.cdiv(T - full_from, BLOCK_T)
-        for step in tl.range(0, GROUP * full_tiles):
-            dk, dv = _accumulate_dkdv(
-                dk,
-                dv,
-                k,
-                v,
-                step,
-                full_from,
-                full_tiles,
-                q_ptr,
-                d_out_ptr,
-                row_terms_ptr,
-                mask_ptr,
-                prior,
-                batch,
-                kv_head * GROUP,
-                key,
-                H,
-                T,
-                S,
-                plane,
-                key_lo,
-                key_hi,
-                q_offset,
-                diagonal,
-                largest_scale,
-                weight_lift,
-                gains,
-                gain_strides,
-                q_strides,
-                d_out_strides,
-                mask_strides,
-                D,
-                DV,
-                BLOCK_D,
-                BLOCK_DV,
-                BLOCK_T,
-                BLOCK_S,
-                CENTERED,
-                False,
-                GAIN_IS_TENSOR,
-                ADD_LOG2_PRIOR,
-                TIMES_PRIOR,
-                WIDE,
-                DOT_PRECISION,
+        # One loop over the tiles of all heads of the group: nested loops cost registers.
+        for step in tl.range(0, GROUP * tiles):
+            head = kv_head * GROUP + step // tiles
+            row = from_row + step % tiles * BLOCK_T
+            q_base = head_base(q_ptr, batch, head, q_strides)
+            d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
+            row_terms = row_terms_ptr + (tl.cast(batch, tl.int64) * H + head) * T
+            scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
+            # [BLOCK_T]
+            offs_t = row + tl.arange(0, BLOCK_T)
+            inside = offs_t < T
+            # Rows past T get weight 0, so they need no mask below.
+            row_max = tl.load(row_terms + offs_t, mask=inside, other=float("inf"))
+            softmax_weight = tl.load(row_terms + plane + offs_t, mask=inside, other=0.0)
+            delta = tl.load(row_terms + 2 * plane + offs_t, mask=inside, other=0.0)
+            # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
+            q = load_tile(q_base, row, T, q_strides[2:], D, BLOCK_T, BLOCK_D, True, WIDE)
+            d_out = load_tile(
+                d_out_base, row, T, d_out_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE
             )
+            if d_out.dtype != dtype:
+                d_out = cast(d_out.to(tl.float32), dtype)
+            # [1, BLOCK_T], [BLOCK_S, 1]
+            positions = (q_offset + offs_t)[None, :]
+            keys = (key + tl.arange(0, BLOCK_S))[:, None]
+            # [BLOCK_S, BLOCK_T]
+            zeros = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
+            scores = dot(k, tl.trans(q), zeros, DOT_PRECISION) * (LOG2_E * scale)
+            scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
+            weights = tl.math.exp2(scores - row_max[None, :])
+            if phase == 0:
+                visible = visible_keys(offs_t[None, :], keys, T, key_lo, key_hi, diagonal)
+                if mask_ptr is not None:
+                    mask_base = head_base(mask_ptr, batch, head, mask_strides)
+                    visible = visible & load_mask(
+                        mask_base, row, key, T, S, mask_strides, BLOCK_T, BLOCK_S, True, WIDE
+                    )
+                weights = tl.where(visible, weights, 0.0)
+            value_weights = weights * softmax_weight[None, :]
+            if CENTERED:
+                center_weight = tl.load(row_terms + 3 * plane + offs_t, mask=inside, other=0.0)
+                center_weights = center_weight[None, :] + zeros
+                if phase == 0:
+                    center_weights = tl.where(visible, center_weights, 0.0)
+                value_weights -= TIMES_PRIOR(center_weights, positions, keys, key_lo, head, prior)
+            if dtype == tl.float16:
+                value_weights *= weight_lift
+            dv = dot(cast(value_weights, dtype), d_out, dv, DOT_PRECISION)
+            d_weights = dot(v, tl.trans(d_out), zeros, DOT_PRECISION)
+            # The heads of a group share one accumulator in units of the largest scale.
+            score_factor = tl.where(
+                largest_scale > 0.0, scale / tl.maximum(largest_scale, 1e-30), 0.0
+            )
+            score_weight = softmax_weight * score_factor
+            delta *= score_factor
+            d_scores = weights * (score_weight[None, :] * d_weights - delta[None, :])
+            dk = dot(cast(d_scores, dtype), q, dk, DOT_PRECISION)
 
     dk *= largest_scale
     dv *= 1.0 / weight_lift
     if HAS_IDENTITY:
         for member in tl.range(0, GROUP):
             head = kv_head * GROUP + member
-            branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 4, head)
-            identity_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 0, head)
+            branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, BRANCH, head)
+            identity_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, IDENTITY, head)
             d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
             d_out = load_tile(
                 d_out_base,

@@ -1,22 +1,12 @@
-"""Fourth backward kernel, where a geometric prior is learned: the gradient of its table."""
+"""Fourth backward kernel, where a prior is learned: the gradient of its table."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .primitives import (
-    LOG2_E,
-    cast,
-    dot,
-    head_base,
-    key_blocks,
-    load_gain,
-    load_key_range,
-    load_mask,
-    load_tile,
-    visible_keys,
-)
+from .primitives import LOG2_E, SCALE, cast, dot, head_base, load_gain, load_tile
+from .visibility import key_blocks, load_key_range, load_mask, visible_keys
 
 
 @triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
@@ -54,6 +44,8 @@ def attention_bwd_dprior_kernel(
     GAIN_IS_TENSOR: tl.constexpr,
     ADD_LOG2_PRIOR: tl.constexpr,
     TIMES_PRIOR: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    ENTRIES: tl.constexpr,
     WIDE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
@@ -74,7 +66,7 @@ def attention_bwd_dprior_kernel(
     d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
     if mask_ptr is not None:
         mask_base = head_base(mask_ptr, batch, head, mask_strides)
-    scale_log2 = LOG2_E * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 5, head)
+    scale_log2 = LOG2_E * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
 
     # [BLOCK_T]
     offs_t = row + tl.arange(0, BLOCK_T)
@@ -85,11 +77,7 @@ def attention_bwd_dprior_kernel(
     delta = tl.load(row_terms + 2 * plane, mask=inside, other=0.0)
     center_weight = tl.load(row_terms + 3 * plane, mask=inside, other=0.0)
     d_prior_sum = tl.load(prior_dots_ptr + first_row + offs_t, mask=inside, other=0.0)
-    d_corner = tl.zeros((BLOCK_T,), tl.float32)
-    d_diagonal = tl.zeros((BLOCK_T,), tl.float32)
-    d_first = tl.zeros((BLOCK_T,), tl.float32)
-    d_other = tl.zeros((BLOCK_T,), tl.float32)
-    d_fall = tl.zeros((BLOCK_T,), tl.float32)
+    sums = (tl.zeros((BLOCK_T,), tl.float32),) * ENTRIES
     # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
     q = load_tile(q_base, row, T, q_strides[2:], D, BLOCK_T, BLOCK_D, True, WIDE)
     d_out = load_tile(d_out_base, row, T, d_out_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE)
@@ -121,20 +109,9 @@ def attention_bwd_dprior_kernel(
         # Of the natural log of A0: through the softmax, through D and through the centre.
         d_logs = weights * (softmax_weight[:, None] * d_weights - delta[:, None])
         d_logs += at_zero * (d_prior_sum[:, None] - center_weight[:, None] * d_weights)
-        steps = tl.abs(positions - keys) - 1
-        is_first = keys == key_lo
-        on = tl.where(steps < 0, d_logs, 0.0)
-        off = d_logs - on
-        d_corner += tl.sum(tl.where(is_first, on, 0.0), 1)
-        d_diagonal += tl.sum(tl.where(is_first, 0.0, on), 1)
-        d_first += tl.sum(tl.where(is_first, off, 0.0), 1)
-        d_other += tl.sum(tl.where(is_first, 0.0, off), 1)
-        d_fall -= tl.sum(off * steps.to(tl.float32), 1)
+        sums = ACCUMULATE(sums, d_logs, positions, keys, key_lo)
 
-    # (5, B, H, T), summed over rows and batch afterwards in a fixed order.
+    # (ENTRIES, B, H, T), summed over rows and batch afterwards in a fixed order.
     out = d_table_ptr + first_row + offs_t
-    tl.store(out, d_corner, mask=inside)
-    tl.store(out + plane, d_diagonal, mask=inside)
-    tl.store(out + 2 * plane, d_first, mask=inside)
-    tl.store(out + 3 * plane, d_other, mask=inside)
-    tl.store(out + 4 * plane, d_fall, mask=inside)
+    for entry in tl.static_range(ENTRIES):
+        tl.store(out + entry * plane, sums[entry], mask=inside)

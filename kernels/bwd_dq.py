@@ -5,79 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import (
-    LOG2_E,
-    cast,
-    dot,
-    head_base,
-    key_blocks,
-    load_gain,
-    load_key_range,
-    load_mask,
-    load_tile,
-    store_tile,
-    visible_keys,
-)
-
-
-@triton.jit
-def _accumulate_dq(
-    dq,
-    q,
-    d_out,
-    row_max,
-    softmax_weight,
-    delta,
-    k_base,
-    v_base,
-    mask_base,
-    prior,
-    row,
-    key,
-    T,
-    S,
-    key_lo,
-    key_hi,
-    q_offset,
-    diagonal,
-    head,
-    scale_log2,
-    k_strides,
-    v_strides,
-    mask_strides,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    MASKED: tl.constexpr,
-    ADD_LOG2_PRIOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
-):
-    """Add one block of keys to the gradient of one query tile, before its factor `scale`."""
-    # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
-    k = load_tile(k_base, key, S, k_strides[2:], D, BLOCK_S, BLOCK_D, MASKED, WIDE)
-    v = load_tile(v_base, key, S, v_strides[2:], DV, BLOCK_S, BLOCK_DV, MASKED, WIDE)
-    # [BLOCK_T, 1], [1, BLOCK_S]
-    rows = (row + tl.arange(0, BLOCK_T))[:, None]
-    keys = (key + tl.arange(0, BLOCK_S))[None, :]
-    # [BLOCK_T, BLOCK_S]
-    zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
-    scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
-    scores = ADD_LOG2_PRIOR(scores, q_offset + rows, keys, key_lo, head, prior)
-    weights = tl.math.exp2(scores - row_max[:, None])
-    if MASKED:
-        visible = visible_keys(rows, keys, T, key_lo, key_hi, diagonal)
-        if mask_base is not None:
-            visible = visible & load_mask(
-                mask_base, row, key, T, S, mask_strides, BLOCK_T, BLOCK_S, False, WIDE
-            )
-        weights = tl.where(visible, weights, 0.0)
-    d_weights = dot(d_out, tl.trans(v), zeros, DOT_PRECISION)
-    d_scores = weights * (softmax_weight[:, None] * d_weights - delta[:, None])
-    return dot(cast(d_scores, k.dtype), k, dq, DOT_PRECISION)
+from .primitives import LOG2_E, SCALE, cast, dot, head_base, load_gain, load_tile, store_tile
+from .visibility import key_blocks, load_key_range, load_mask, visible_keys
 
 
 @triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
@@ -135,10 +64,9 @@ def attention_bwd_dq_kernel(
     k_base = head_base(k_ptr, batch, kv_head, k_strides)
     v_base = head_base(v_ptr, batch, kv_head, v_strides)
     d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
-    mask_base = mask_ptr
     if mask_ptr is not None:
         mask_base = head_base(mask_ptr, batch, head, mask_strides)
-    scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 5, head)
+    scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
 
     # [BLOCK_T]
     offs_t = row + tl.arange(0, BLOCK_T)
@@ -154,84 +82,40 @@ def attention_bwd_dq_kernel(
         d_out = cast(d_out.to(tl.float32), q.dtype)
     dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
 
+    # [BLOCK_T, 1]
+    positions = (q_offset + offs_t)[:, None]
+
     key_lo, key_hi = load_key_range(key_start_ptr, key_end_ptr, batch, S)
     first, full_end, masked = key_blocks(
         row, T, key_lo, key_hi, diagonal, BLOCK_T, BLOCK_S, WEIGHED
     )
-    for block in tl.range(0, masked):
-        key = tl.where(block == 0, first, full_end + (block - 1) * BLOCK_S)
-        dq = _accumulate_dq(
-            dq,
-            q,
-            d_out,
-            row_max,
-            softmax_weight,
-            delta,
-            k_base,
-            v_base,
-            mask_base,
-            prior,
-            row,
-            key,
-            T,
-            S,
-            key_lo,
-            key_hi,
-            q_offset,
-            diagonal,
-            head,
-            scale * LOG2_E,
-            k_strides,
-            v_strides,
-            mask_strides,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_T,
-            BLOCK_S,
-            True,
-            ADD_LOG2_PRIOR,
-            WIDE,
-            DOT_PRECISION,
-        )
-    if not WEIGHED:
-        for key in tl.range(first + BLOCK_S, full_end, BLOCK_S):
-            dq = _accumulate_dq(
-                dq,
-                q,
-                d_out,
-                row_max,
-                softmax_weight,
-                delta,
-                k_base,
-                v_base,
-                mask_base,
-                prior,
-                row,
-                key,
-                T,
-                S,
-                key_lo,
-                key_hi,
-                q_offset,
-                diagonal,
-                head,
-                scale * LOG2_E,
-                k_strides,
-                v_strides,
-                mask_strides,
-                D,
-                DV,
-                BLOCK_D,
-                BLOCK_DV,
-                BLOCK_T,
-                BLOCK_S,
-                False,
-                ADD_LOG2_PRIOR,
-                WIDE,
-                DOT_PRECISION,
-            )
+    # First the blocks that need a mask, then those that every row sees whole.
+    for phase in tl.static_range(1 if WEIGHED else 2):
+        blocks = masked if phase == 0 else (full_end - first) // BLOCK_S - 1
+        for block in tl.range(0, blocks):
+            key = first + (block + 1) * BLOCK_S
+            if phase == 0:
+                key = tl.where(block == 0, first, full_end + (block - 1) * BLOCK_S)
+            # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
+            k = load_tile(k_base, key, S, k_strides[2:], D, BLOCK_S, BLOCK_D, phase == 0, WIDE)
+            v = load_tile(v_base, key, S, v_strides[2:], DV, BLOCK_S, BLOCK_DV, phase == 0, WIDE)
+            # [1, BLOCK_S]
+            keys = (key + tl.arange(0, BLOCK_S))[None, :]
+            # [BLOCK_T, BLOCK_S]
+            zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+            scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * (scale * LOG2_E)
+            scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
+            weights = tl.math.exp2(scores - row_max[:, None])
+            if phase == 0:
+                visible = visible_keys(offs_t[:, None], keys, T, key_lo, key_hi, diagonal)
+                if mask_ptr is not None:
+                    visible = visible & load_mask(
+                        mask_base, row, key, T, S, mask_strides, BLOCK_T, BLOCK_S, False, WIDE
+                    )
+                weights = tl.where(visible, weights, 0.0)
+            d_weights = dot(d_out, tl.trans(v), zeros, DOT_PRECISION)
+            d_scores = weights * (softmax_weight[:, None] * d_weights - delta[:, None])
+            dq = dot(cast(d_scores, k.dtype), k, dq, DOT_PRECISION)
 
     if scale_dots_ptr is not None:
         # d loss / d scale = sum_i q_i . (dS K)_i; one slot per head and tile.

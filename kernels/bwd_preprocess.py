@@ -6,14 +6,18 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    BRANCH,
+    CENTER,
+    SKIP,
+    SOFTMAX,
     cast,
     head_base,
     load_gain,
-    load_key_range,
     load_tile,
     store_tile,
 )
 from .value_sums import visible_value_sum
+from .visibility import load_key_range
 
 
 @triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
@@ -69,9 +73,9 @@ def attention_bwd_preprocess_kernel(
     offs_t = row + tl.arange(0, BLOCK_T)
     inside = offs_t < T
 
-    branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 4, head)
-    softmax_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 1, head)
-    center_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 2, head)
+    branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, BRANCH, head)
+    softmax_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SOFTMAX, head)
+    center_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, CENTER, head)
     v_base = head_base(v_ptr, batch, kv_head, v_strides)
 
     # [BLOCK_T]
@@ -129,7 +133,9 @@ def attention_bwd_preprocess_kernel(
     dots = tl.sum(rounded * softmax_part, 1)
     if prior_dots_ptr is not None:
         # Gradient of D.
-        d_prior_sum = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, 1, head) * dots
+        d_prior_sum = (
+            branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SOFTMAX, head) * dots
+        )
         tl.store(prior_dots_ptr + first_row + offs_t, d_prior_sum, mask=inside)
     delta = softmax_gain * dots
     if d_lse_ptr is not None:
@@ -143,7 +149,7 @@ def attention_bwd_preprocess_kernel(
     tl.store(terms + 3 * plane, center_weight + tl.zeros((BLOCK_T,), tl.float32), mask=inside)
 
     if residual_ptr is not None or d_residual_ptr is not None:
-        skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, 3, head)
+        skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SKIP, head)
     if d_residual_ptr is not None:
         d_residual_base = d_residual_ptr + first_row * DV
         store_tile(d_residual_base, row, T, (DV, 1), skip_gain * d_out, DV, BLOCK_T, BLOCK_DV, WIDE)

@@ -16,7 +16,6 @@ from triton.runtime import driver
 from .configs import TileConfig, overriding_config
 
 if TYPE_CHECKING:
-    from ..visibility import Visibility
     from .attention import Call
 
 _INT32_MAX = 2**31 - 1
@@ -190,24 +189,6 @@ def gain_arguments(
 def strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
     """Strides of a four-dimensional tensor, zeros for one that is absent."""
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
-
-
-def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """View a boolean mask as bytes without copying or expanding it."""
-    return None if mask is None else mask.view(torch.uint8)
-
-
-def diagonal(visibility: Visibility, T: int, S: int) -> int:
-    """Row i sees keys below `i + diagonal`; without a causal mask this is past every key.
-
-    Clamped to where it still matters, so that any Python integer is a valid `q_offset`.
-    """
-    return min(max(visibility.q_offset + 1, -T), S) if visibility.is_causal else S
-
-
-def clamp_offset(q_offset: int) -> int:
-    """`q_offset` as a 32-bit argument; beyond this no key is aligned and no prior has weight."""
-    return min(max(q_offset, -(2**30)), 2**30)
 
 
 _NOTHING = nullcontext()

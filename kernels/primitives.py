@@ -1,4 +1,4 @@
-"""Parts that the kernels share: casts, products, loads, visibility. Grammar: README.md."""
+"""Parts that the kernels share: casts, products, loads and stores. Grammar: README.md."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from triton import knobs
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+# Places of the gains in the tuple that the kernels take.
+IDENTITY = tl.constexpr(0)
+SOFTMAX = tl.constexpr(1)
+CENTER = tl.constexpr(2)
+SKIP = tl.constexpr(3)
+BRANCH = tl.constexpr(4)
+SCALE = tl.constexpr(5)
 
 
 @triton.jit
@@ -33,13 +41,13 @@ def dot(a, b, acc, DOT_PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_gain(gains, strides, IS_TENSOR: tl.constexpr, index: tl.constexpr, head):
-    """Gain number `index` of one head as float32, from a number or a tensor."""
-    if IS_TENSOR[index]:
-        value = tl.load(gains[index] + head * strides[index]).to(tl.float32)
+def load_gain(gains, strides, IS_TENSOR: tl.constexpr, GAIN: tl.constexpr, head):
+    """One gain of one head as float32, from a number or a tensor."""
+    if IS_TENSOR[GAIN]:
+        value = tl.load(gains[GAIN] + head * strides[GAIN]).to(tl.float32)
     else:
         # A Python float is float64 in some launch paths.
-        value = tl.full((), gains[index], tl.float32)
+        value = tl.full((), gains[GAIN], tl.float32)
     return value
 
 
@@ -113,76 +121,3 @@ def store_tile(
 def head_base(ptr, batch, head, strides):
     """Pointer to the matrix of one batch entry and head of a (B, H, rows, columns) tensor."""
     return ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
-
-
-@triton.jit
-def load_key_range(key_start_ptr, key_end_ptr, batch, S):
-    """Keys `[key_lo, key_hi)` that one batch entry may see, inside `[0, S)`."""
-    key_lo = 0
-    key_hi = S
-    if key_start_ptr is not None:
-        key_lo = tl.load(key_start_ptr + batch).to(tl.int64)
-        key_lo = tl.minimum(tl.maximum(key_lo, 0), S).to(tl.int32)
-    if key_end_ptr is not None:
-        key_hi = tl.load(key_end_ptr + batch).to(tl.int64)
-        key_hi = tl.minimum(tl.maximum(key_hi, 0), S).to(tl.int32)
-    return key_lo, key_hi
-
-
-@triton.jit
-def key_blocks(
-    row,
-    T,
-    key_lo,
-    key_hi,
-    diagonal,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    ALL_MASKED: tl.constexpr,
-):
-    """Key blocks that the query rows `row .. row + BLOCK_T - 1` touch.
-
-    Returns `first` (start of the first block), `full_end` (the blocks from first + BLOCK_S up to
-    here are visible to every row) and `masked` (how many blocks need a mask: the first, then those
-    from full_end on).
-    """
-    end = tl.minimum(key_hi, tl.minimum(row + BLOCK_T, T) - 1 + diagonal)
-    first = key_lo // BLOCK_S * BLOCK_S
-    full_end = first + BLOCK_S
-    if not ALL_MASKED:
-        full_end = tl.maximum(full_end, tl.minimum(key_hi, row + diagonal) // BLOCK_S * BLOCK_S)
-    masked = tl.where(end > key_lo, 1 + tl.cdiv(tl.maximum(end - full_end, 0), BLOCK_S), 0)
-    return first, full_end, masked
-
-
-@triton.jit
-def visible_keys(rows, keys, T, key_lo, key_hi, diagonal):
-    """Which `keys` the `rows` see; both are broadcast, so either orientation works."""
-    return (rows < T) & (keys >= key_lo) & (keys < key_hi) & (keys < rows + diagonal)
-
-
-@triton.jit
-def load_mask(
-    base,
-    row,
-    key,
-    T,
-    S,
-    strides,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Tile of the boolean mask at query `row` and key `key`, False outside the matrix."""
-    if TRANSPOSED:
-        # [BLOCK_S, BLOCK_T]
-        rows = index(BLOCK_T, WIDE)[None, :]
-        keys = index(BLOCK_S, WIDE)[:, None]
-    else:
-        # [BLOCK_T, BLOCK_S]
-        rows = index(BLOCK_T, WIDE)[:, None]
-        keys = index(BLOCK_S, WIDE)[None, :]
-    origin = base + tl.cast(row, tl.int64) * strides[2] + tl.cast(key, tl.int64) * strides[3]
-    inside = (row + rows < T) & (key + keys < S)
-    return tl.load(origin + (rows * strides[2] + keys * strides[3]), mask=inside, other=0) != 0

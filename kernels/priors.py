@@ -1,10 +1,13 @@
-"""Priors A0 as pairs of jit functions that the kernels take as constexpr arguments.
+"""Priors A0 as jit functions that the kernels take as constexpr arguments.
 
-A new prior is a `Prior` here and a test; the kernels stay as they are. Both functions get broadcast
-tensors of key positions of the queries and of the keys, so they serve tiles of either orientation:
+A new prior is a `Prior` here and a test; the kernels stay as they are. The functions get broadcast
+tensors of key positions of the queries and of the keys; the first two serve tiles of either
+orientation, the third, which a prior that can be learned has, rows of queries:
 
 - `add_log2(scores, positions, keys, first_key, head, parameters)` returns `scores + log2 A0`;
-- `times(values, positions, keys, first_key, head, parameters)` returns `values * A0`.
+- `times(values, positions, keys, first_key, head, parameters)` returns `values * A0`;
+- `accumulate(sums, d_logs, positions, keys, first_key)` adds the gradient of a tile of log2 A0 to
+  that of the table, a tuple with a number per query for each of its `entries`.
 
 `first_key` is the key position of the first token, `parameters` a tuple of the prior's own (None if
 it has none), which `prior_parameters` makes. The forms are those of `shaped_attn.priors`.
@@ -32,6 +35,8 @@ class Prior:
 
     add_log2: Any
     times: Any
+    accumulate: Any = None
+    entries: int = 0
     is_uniform: bool = False
 
 
@@ -63,6 +68,21 @@ def _geometric_add_log2(scores, positions, keys, first_key, head, parameters):
 @triton.jit
 def _geometric_times(values, positions, keys, first_key, head, parameters):
     return values * tl.math.exp2(_geometric_log2(positions, keys, first_key, head, parameters))
+
+
+@triton.jit
+def _geometric_accumulate(sums, d_logs, positions, keys, first_key):
+    corner, diagonal, first, other, fall = sums
+    steps = tl.abs(positions - keys) - 1
+    is_first = keys == first_key
+    on = tl.where(steps < 0, d_logs, 0.0)
+    off = d_logs - on
+    corner += tl.sum(tl.where(is_first, on, 0.0), 1)
+    diagonal += tl.sum(tl.where(is_first, 0.0, on), 1)
+    first += tl.sum(tl.where(is_first, off, 0.0), 1)
+    other += tl.sum(tl.where(is_first, 0.0, off), 1)
+    fall -= tl.sum(off * steps.to(tl.float32), 1)
+    return corner, diagonal, first, other, fall
 
 
 @triton.jit
@@ -115,7 +135,7 @@ def _dense_times(values, positions, keys, first_key, head, parameters):
 UNIFORM = Prior(_uniform, _uniform, is_uniform=True)
 
 PRIORS = {
-    "geometric": Prior(_geometric_add_log2, _geometric_times),
+    "geometric": Prior(_geometric_add_log2, _geometric_times, _geometric_accumulate, entries=5),
     "column": Prior(_column_add_log2, _column_times),
     "dense": Prior(_dense_add_log2, _dense_times),
 }

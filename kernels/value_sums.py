@@ -8,7 +8,8 @@ import triton.language as tl
 
 from . import launch
 from .configs import TileConfig, block_width
-from .primitives import cast, dot, head_base, load_tile, visible_keys
+from .primitives import cast, dot, head_base, load_tile
+from .visibility import visible_keys
 
 _BLOCKS_AT_ONCE = tl.constexpr(16)
 

@@ -1,5 +1,7 @@
+import getpass
 import os
 import signal
+import tempfile
 
 import pytest
 import torch
@@ -18,6 +20,16 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+
+# torch keeps compiled code in a folder that does not tell for which instructions it was compiled:
+# code of another ATEN_CPU_CAPABILITY gives wrong numbers.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(
+        tempfile.gettempdir(),
+        f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}",
+    ),
+)
 
 # Every xdist worker would otherwise start one thread per core.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -150,13 +150,23 @@ def run_tests(
             child.wait()
 
 
+def measure_host_cost(output: Path) -> None:
+    """Run `bench/host_cost.py`, which prints a profile too; what it cannot do fails no test."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(ROOT / "bench" / "host_cost.py"), "--output", str(output)]
+    try:
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, timeout=60, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        print(f"bench/host_cost.py: {error}", file=sys.stderr)
+
+
 def main() -> int:
     """Check that there is a GPU, run, write the report; 0 only if every test ran and passed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="default: bench/results/GPU/correctness.json")
-    parser.add_argument("--limit", type=float, default=280, help="in seconds, default %(default)s")
+    parser.add_argument("--limit", type=float, default=240, help="in seconds, default %(default)s")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
     arguments = parser.parse_args()
     missing = missing_requirements()
@@ -194,6 +204,7 @@ def main() -> int:
         **report,
     }
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    measure_host_cost(output.with_name("host_cost.json"))
     counts = ", ".join(f"{report[name]} {name}" for name in ("passed", "failed", "skipped"))
     print(
         f"{counts}, {len(report['not_finished'])} not finished in {report['seconds']} s: {output}"

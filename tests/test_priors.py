@@ -226,7 +226,11 @@ def compare(device, make, case, impl, center_gain=0.8):
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(x, marks=pytest.mark.slow) if x == torch.float16 else x for x in DTYPES],
+    ids=str,
+)
 @pytest.mark.parametrize("name", CASES)
 def test_triton_with_a_prior(name, dtype, device):
     make, case = CASES[name]

@@ -1,0 +1,141 @@
+"""Which keys a tile of queries sees: the kernels' side of `shaped_attn.visibility`.
+
+Row i sees the keys of `[key_lo, key_hi)` below `i + diagonal` that a mask, if any, lets through.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .primitives import index
+
+if TYPE_CHECKING:
+    from ..visibility import Visibility
+
+
+def visibility_sizes(visibility: Visibility, T: int, S: int) -> tuple[int, int]:
+    """Return the arguments `q_offset` and `diagonal` of the kernels, as 32-bit numbers.
+
+    Row i sees keys below `i + diagonal`; without a causal mask this is past every key. Both are
+    clamped to where they still matter, so that any Python integer is a valid `q_offset`: beyond
+    2**30 no key is aligned and no prior has weight.
+    """
+    q_offset = visibility.q_offset
+    diagonal = min(max(q_offset + 1, -T), S) if visibility.is_causal else S
+    return min(max(q_offset, -(2**30)), 2**30), diagonal
+
+
+def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """View a boolean mask as bytes without copying or expanding it."""
+    return None if mask is None else mask.view(torch.uint8)
+
+
+@triton.jit
+def load_key_range(key_start_ptr, key_end_ptr, batch, S):
+    """Keys `[key_lo, key_hi)` that one batch entry may see, inside `[0, S)`."""
+    key_lo = 0
+    key_hi = S
+    if key_start_ptr is not None:
+        key_lo = tl.load(key_start_ptr + batch).to(tl.int64)
+        key_lo = tl.minimum(tl.maximum(key_lo, 0), S).to(tl.int32)
+    if key_end_ptr is not None:
+        key_hi = tl.load(key_end_ptr + batch).to(tl.int64)
+        key_hi = tl.minimum(tl.maximum(key_hi, 0), S).to(tl.int32)
+    return key_lo, key_hi
+
+
+@triton.jit
+def key_blocks(
+    row,
+    T,
+    key_lo,
+    key_hi,
+    diagonal,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    ALL_MASKED: tl.constexpr,
+):
+    """Key blocks that the query rows `row .. row + BLOCK_T - 1` touch.
+
+    Returns `first` (start of the first block), `full_end` (the blocks from first + BLOCK_S up to
+    here are visible to every row) and `masked` (how many blocks need a mask: the first, then those
+    from full_end on).
+    """
+    end = tl.minimum(key_hi, tl.minimum(row + BLOCK_T, T) - 1 + diagonal)
+    first = key_lo // BLOCK_S * BLOCK_S
+    full_end = first + BLOCK_S
+    if not ALL_MASKED:
+        full_end = tl.maximum(full_end, tl.minimum(key_hi, row + diagonal) // BLOCK_S * BLOCK_S)
+    masked = tl.where(end > key_lo, 1 + tl.cdiv(tl.maximum(end - full_end, 0), BLOCK_S), 0)
+    return first, full_end, masked
+
+
+@triton.jit
+def visible_keys(rows, keys, T, key_lo, key_hi, diagonal):
+    """Which `keys` the `rows` see; both are broadcast, so either orientation works."""
+    return (rows < T) & (keys >= key_lo) & (keys < key_hi) & (keys < rows + diagonal)
+
+
+@triton.jit
+def load_mask(
+    base,
+    row,
+    key,
+    T,
+    S,
+    strides,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Tile of the boolean mask at query `row` and key `key`, False outside the matrix."""
+    if TRANSPOSED:
+        # [BLOCK_S, BLOCK_T]
+        rows = index(BLOCK_T, WIDE)[None, :]
+        keys = index(BLOCK_S, WIDE)[:, None]
+    else:
+        # [BLOCK_T, BLOCK_S]
+        rows = index(BLOCK_T, WIDE)[:, None]
+        keys = index(BLOCK_S, WIDE)[None, :]
+    origin = base + tl.cast(row, tl.int64) * strides[2] + tl.cast(key, tl.int64) * strides[3]
+    inside = (row + rows < T) & (key + keys < S)
+    return tl.load(origin + (rows * strides[2] + keys * strides[3]), mask=inside, other=0) != 0
+
+
+@triton.jit
+def visible_count(rows, key, key_lo, key_hi, diagonal, BLOCK_S: tl.constexpr):
+    """How many of the keys `key .. key + BLOCK_S - 1` each of the `rows` sees without a mask."""
+    end = tl.minimum(tl.minimum(key_hi, rows + diagonal), key + BLOCK_S)
+    return tl.maximum(end - tl.maximum(key_lo, key), 0).to(tl.float32)
+
+
+@triton.jit
+def query_blocks(
+    key,
+    T,
+    key_lo,
+    key_hi,
+    diagonal,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    ALL_MASKED: tl.constexpr,
+):
+    """Query blocks that see some of the keys `key .. key + BLOCK_S - 1`.
+
+    Returns `masked_from` and `full_from`, multiples of BLOCK_T: rows in between see some of these
+    keys, rows from full_from on see all.
+    """
+    in_range = (key < key_hi) & (key + BLOCK_S > key_lo)
+    whole = (key >= key_lo) & (key + BLOCK_S <= key_hi)
+    masked_from = tl.minimum(tl.maximum(tl.maximum(key, key_lo) + 1 - diagonal, 0), T)
+    masked_from = tl.where(in_range, masked_from, T) // BLOCK_T * BLOCK_T
+    full_from = tl.cdiv(T, BLOCK_T) * BLOCK_T
+    if not ALL_MASKED:
+        sees_all = tl.cdiv(tl.maximum(key + BLOCK_S - diagonal, 0), BLOCK_T) * BLOCK_T
+        full_from = tl.where(whole, tl.minimum(sees_all, full_from), full_from)
+    return tl.where(in_range, masked_from, full_from), full_from
