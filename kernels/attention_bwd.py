@@ -18,7 +18,7 @@ from .bwd_dq import attention_bwd_dq_kernel
 from .bwd_preprocess import attention_bwd_preprocess_kernel
 from .configs import TileConfig, block_width, pick_config
 from .value_sums import ValueBlockSums
-from .visibility import as_bytes, visibility_sizes
+from .visibility import visibility_arguments, visibility_sizes
 
 if TYPE_CHECKING:
     from .attention import AttentionGradients, Call, ForwardResult, Needs
@@ -57,7 +57,7 @@ def _plan(call: Call, d_out: torch.Tensor, d_lse: torch.Tensor | None, needs: Ne
         S,
         *visibility_sizes(visibility, T, S),
     )
-    strides = (q.stride(), k.stride(), v.stride(), d_out.stride(), launch.strides(attn_mask))
+    strides = (q.stride(), k.stride(), v.stride(), d_out.stride())
     flags = {
         "GAIN_IS_TENSOR": gain_is_tensor,
         "DOT_PRECISION": launch.dot_precision(q.dtype, arch, D, DV),
@@ -143,8 +143,7 @@ def launch_backward(
     rows = q.shape[:3]
     gains = tuple(gains)
     d_lse = None if d_lse is None else d_lse.contiguous()
-    mask = as_bytes(visibility.attn_mask)
-    key_range = (visibility.key_start, visibility.key_end)
+    seen = visibility_arguments(visibility)
 
     def empty(shape: tuple[int, ...] | None) -> torch.Tensor | None:
         return None if shape is None else torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -164,7 +163,7 @@ def launch_backward(
             saved.center,
             saved.row_stats,
             None if plan.value_sums is None else plan.value_sums(v),
-            *key_range,
+            seen,
             row_terms,
             gain_dots,
             prior_dots,
@@ -172,7 +171,7 @@ def launch_backward(
             gains,
         )
         read = (q, k, v, d_out, row_terms)
-        weigh = (mask, *key_range, prior_parameters)
+        weigh = (seen, prior_parameters)
         plan.dkdv(*read, *weigh, gradients.k, gradients.v, gains)
         plan.dq(*read, *weigh, gradients.q, scale_dots, gains)
         if plan.dprior is not None:

@@ -27,10 +27,10 @@ from .primitives import (
 )
 from .value_sums import ValueBlockSums, visible_value_sum
 from .visibility import (
-    as_bytes,
+    MASK,
     key_blocks,
     load_key_range,
-    load_mask,
+    visibility_arguments,
     visibility_sizes,
     visible_count,
     visible_keys,
@@ -75,9 +75,7 @@ def attention_fwd_kernel(
     center_ptr,
     row_stats_ptr,
     block_sums_ptr,
-    mask_ptr,
-    key_start_ptr,
-    key_end_ptr,
+    visibility,
     prior,
     gains,
     gain_strides,
@@ -86,7 +84,6 @@ def attention_fwd_kernel(
     v_strides,
     residual_strides,
     out_strides,
-    mask_strides,
     H,
     GROUP,
     T,
@@ -110,7 +107,7 @@ def attention_fwd_kernel(
     DOT_PRECISION: tl.constexpr,
 ):
     # Keys per row are known in closed form unless a mask or a prior weighs them one by one.
-    WEIGHED: tl.constexpr = (mask_ptr is not None) or (not UNIFORM_PRIOR)
+    WEIGHED: tl.constexpr = (visibility[MASK] is not None) or (not UNIFORM_PRIOR)
     tiles = tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
     # Last rows first: under a causal mask they take longest.
@@ -123,12 +120,10 @@ def attention_fwd_kernel(
     q_base = head_base(q_ptr, batch, head, q_strides)
     k_base = head_base(k_ptr, batch, kv_head, k_strides)
     v_base = head_base(v_ptr, batch, kv_head, v_strides)
-    if mask_ptr is not None:
-        mask_base = head_base(mask_ptr, batch, head, mask_strides)
 
     scale_log2 = LOG2_E * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
 
-    key_lo, key_hi = load_key_range(key_start_ptr, key_end_ptr, batch, S)
+    key_lo, key_hi = load_key_range(visibility, batch, S)
     # [BLOCK_T]
     offs_t = row + tl.arange(0, BLOCK_T)
     positions = (q_offset + offs_t)[:, None]
@@ -159,11 +154,22 @@ def attention_fwd_kernel(
         zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         logits = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
         scores = ADD_LOG2_PRIOR(logits, positions, keys, key_lo, head, prior)
-        visible = visible_keys(offs_t[:, None], keys, T, key_lo, key_hi, diagonal)
-        if mask_ptr is not None:
-            visible = visible & load_mask(
-                mask_base, row, key, T, S, mask_strides, BLOCK_T, BLOCK_S, False, WIDE
-            )
+        visible = visible_keys(
+            visibility,
+            batch,
+            head,
+            row,
+            key,
+            T,
+            S,
+            key_lo,
+            key_hi,
+            diagonal,
+            BLOCK_T,
+            BLOCK_S,
+            False,
+            WIDE,
+        )
         scores = tl.where(visible, scores, -float("inf"))
         weights, acc, excess_sum, reference, row_max = _rescale(
             acc, excess_sum, reference, row_max, scores, CENTERED
@@ -321,7 +327,6 @@ def _plan(call: Call, saves: bool) -> _Plan:
             v.stride(),
             launch.strides(residual),
             (H * T * DV, T * DV, DV, 1),
-            launch.strides(attn_mask),
             H,
             H // HKV,
             T,
@@ -362,9 +367,7 @@ def launch_forward(call: Call, result: ForwardResult) -> None:
             residual,
             *result,
             None if plan.value_sums is None else plan.value_sums(v),
-            as_bytes(visibility.attn_mask),
-            visibility.key_start,
-            visibility.key_end,
+            visibility_arguments(visibility),
             prior_parameters,
             tuple(gains),
         )

@@ -19,7 +19,7 @@ from .primitives import (
     load_tile,
     store_tile,
 )
-from .visibility import load_key_range, load_mask, query_blocks, visible_keys
+from .visibility import MASK, load_key_range, query_blocks, visible_keys
 
 
 @triton.jit
@@ -65,9 +65,7 @@ def attention_bwd_dkdv_kernel(
     v_ptr,
     d_out_ptr,
     row_terms_ptr,
-    mask_ptr,
-    key_start_ptr,
-    key_end_ptr,
+    visibility,
     prior,
     dk_ptr,
     dv_ptr,
@@ -77,7 +75,6 @@ def attention_bwd_dkdv_kernel(
     k_strides,
     v_strides,
     d_out_strides,
-    mask_strides,
     H,
     GROUP,
     T,
@@ -99,7 +96,7 @@ def attention_bwd_dkdv_kernel(
     WIDE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
-    WEIGHED: tl.constexpr = (mask_ptr is not None) or (not UNIFORM_PRIOR)
+    WEIGHED: tl.constexpr = (visibility[MASK] is not None) or (not UNIFORM_PRIOR)
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     blocks = tl.cdiv(S, BLOCK_S)
     pid = tl.program_id(0)
@@ -119,7 +116,7 @@ def attention_bwd_dkdv_kernel(
     dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_S, BLOCK_DV), tl.float32)
 
-    key_lo, key_hi = load_key_range(key_start_ptr, key_end_ptr, batch, S)
+    key_lo, key_hi = load_key_range(visibility, batch, S)
     masked_from, full_from = query_blocks(
         key, T, key_lo, key_hi, diagonal, BLOCK_T, BLOCK_S, WEIGHED
     )
@@ -169,12 +166,22 @@ def attention_bwd_dkdv_kernel(
             scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
             weights = tl.math.exp2(scores - row_max[None, :])
             if phase == 0:
-                visible = visible_keys(offs_t[None, :], keys, T, key_lo, key_hi, diagonal)
-                if mask_ptr is not None:
-                    mask_base = head_base(mask_ptr, batch, head, mask_strides)
-                    visible = visible & load_mask(
-                        mask_base, row, key, T, S, mask_strides, BLOCK_T, BLOCK_S, True, WIDE
-                    )
+                visible = visible_keys(
+                    visibility,
+                    batch,
+                    head,
+                    row,
+                    key,
+                    T,
+                    S,
+                    key_lo,
+                    key_hi,
+                    diagonal,
+                    BLOCK_T,
+                    BLOCK_S,
+                    True,
+                    WIDE,
+                )
                 weights = tl.where(visible, weights, 0.0)
             value_weights = weights * softmax_weight[None, :]
             if CENTERED:

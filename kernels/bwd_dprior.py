@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import LOG2_E, SCALE, cast, dot, head_base, load_gain, load_tile
-from .visibility import key_blocks, load_key_range, load_mask, visible_keys
+from .visibility import key_blocks, load_key_range, visible_keys
 
 
 @triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
@@ -17,9 +17,7 @@ def attention_bwd_dprior_kernel(
     d_out_ptr,
     row_terms_ptr,
     prior_dots_ptr,
-    mask_ptr,
-    key_start_ptr,
-    key_end_ptr,
+    visibility,
     prior,
     d_table_ptr,
     gains,
@@ -28,7 +26,6 @@ def attention_bwd_dprior_kernel(
     k_strides,
     v_strides,
     d_out_strides,
-    mask_strides,
     H,
     GROUP,
     T,
@@ -64,8 +61,6 @@ def attention_bwd_dprior_kernel(
     k_base = head_base(k_ptr, batch, kv_head, k_strides)
     v_base = head_base(v_ptr, batch, kv_head, v_strides)
     d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
-    if mask_ptr is not None:
-        mask_base = head_base(mask_ptr, batch, head, mask_strides)
     scale_log2 = LOG2_E * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
 
     # [BLOCK_T]
@@ -86,7 +81,7 @@ def attention_bwd_dprior_kernel(
     # [BLOCK_T, 1]
     positions = (q_offset + offs_t)[:, None]
 
-    key_lo, key_hi = load_key_range(key_start_ptr, key_end_ptr, batch, S)
+    key_lo, key_hi = load_key_range(visibility, batch, S)
     first, full_end, masked = key_blocks(row, T, key_lo, key_hi, diagonal, BLOCK_T, BLOCK_S, True)
     for block in tl.range(0, masked):
         key = tl.where(block == 0, first, full_end + (block - 1) * BLOCK_S)
@@ -96,11 +91,22 @@ def attention_bwd_dprior_kernel(
         keys = (key + tl.arange(0, BLOCK_S))[None, :]
         # [BLOCK_T, BLOCK_S]
         zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
-        visible = visible_keys(offs_t[:, None], keys, T, key_lo, key_hi, diagonal)
-        if mask_ptr is not None:
-            visible = visible & load_mask(
-                mask_base, row, key, T, S, mask_strides, BLOCK_T, BLOCK_S, False, WIDE
-            )
+        visible = visible_keys(
+            visibility,
+            batch,
+            head,
+            row,
+            key,
+            T,
+            S,
+            key_lo,
+            key_hi,
+            diagonal,
+            BLOCK_T,
+            BLOCK_S,
+            False,
+            WIDE,
+        )
         scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
         scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
         weights = tl.where(visible, tl.math.exp2(scores - row_max[:, None]), 0.0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import LOG2_E, SCALE, cast, dot, head_base, load_gain, load_tile, store_tile
-from .visibility import key_blocks, load_key_range, load_mask, visible_keys
+from .visibility import MASK, key_blocks, load_key_range, visible_keys
 
 
 @triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
@@ -16,9 +16,7 @@ def attention_bwd_dq_kernel(
     v_ptr,
     d_out_ptr,
     row_terms_ptr,
-    mask_ptr,
-    key_start_ptr,
-    key_end_ptr,
+    visibility,
     prior,
     dq_ptr,
     scale_dots_ptr,
@@ -28,7 +26,6 @@ def attention_bwd_dq_kernel(
     k_strides,
     v_strides,
     d_out_strides,
-    mask_strides,
     H,
     GROUP,
     T,
@@ -47,7 +44,7 @@ def attention_bwd_dq_kernel(
     WIDE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
-    WEIGHED: tl.constexpr = (mask_ptr is not None) or (not UNIFORM_PRIOR)
+    WEIGHED: tl.constexpr = (visibility[MASK] is not None) or (not UNIFORM_PRIOR)
     tiles = tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
     # Last rows first: under a causal mask they take longest.
@@ -64,8 +61,6 @@ def attention_bwd_dq_kernel(
     k_base = head_base(k_ptr, batch, kv_head, k_strides)
     v_base = head_base(v_ptr, batch, kv_head, v_strides)
     d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
-    if mask_ptr is not None:
-        mask_base = head_base(mask_ptr, batch, head, mask_strides)
     scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
 
     # [BLOCK_T]
@@ -85,7 +80,7 @@ def attention_bwd_dq_kernel(
     # [BLOCK_T, 1]
     positions = (q_offset + offs_t)[:, None]
 
-    key_lo, key_hi = load_key_range(key_start_ptr, key_end_ptr, batch, S)
+    key_lo, key_hi = load_key_range(visibility, batch, S)
     first, full_end, masked = key_blocks(
         row, T, key_lo, key_hi, diagonal, BLOCK_T, BLOCK_S, WEIGHED
     )
@@ -107,11 +102,22 @@ def attention_bwd_dq_kernel(
             scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
             weights = tl.math.exp2(scores - row_max[:, None])
             if phase == 0:
-                visible = visible_keys(offs_t[:, None], keys, T, key_lo, key_hi, diagonal)
-                if mask_ptr is not None:
-                    visible = visible & load_mask(
-                        mask_base, row, key, T, S, mask_strides, BLOCK_T, BLOCK_S, False, WIDE
-                    )
+                visible = visible_keys(
+                    visibility,
+                    batch,
+                    head,
+                    row,
+                    key,
+                    T,
+                    S,
+                    key_lo,
+                    key_hi,
+                    diagonal,
+                    BLOCK_T,
+                    BLOCK_S,
+                    False,
+                    WIDE,
+                )
                 weights = tl.where(visible, weights, 0.0)
             d_weights = dot(d_out, tl.trans(v), zeros, DOT_PRECISION)
             d_scores = weights * (softmax_weight[:, None] * d_weights - delta[:, None])

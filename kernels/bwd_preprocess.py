@@ -30,8 +30,7 @@ def attention_bwd_preprocess_kernel(
     center_ptr,
     row_stats_ptr,
     block_sums_ptr,
-    key_start_ptr,
-    key_end_ptr,
+    visibility,
     row_terms_ptr,
     gain_dots_ptr,
     prior_dots_ptr,
@@ -98,7 +97,7 @@ def attention_bwd_preprocess_kernel(
                 center_ptr + first_row * DV, row, T, (DV, 1), DV, BLOCK_T, BLOCK_DV, True, WIDE
             )
         else:
-            key_lo, key_hi = load_key_range(key_start_ptr, key_end_ptr, batch, S)
+            key_lo, key_hi = load_key_range(visibility, batch, S)
             sums_base = block_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * (
                 tl.cdiv(S, SUM_BLOCK) * DV
             )

@@ -9,7 +9,7 @@ import triton.language as tl
 from . import launch
 from .configs import TileConfig, block_width
 from .primitives import cast, dot, head_base, load_tile
-from .visibility import visible_keys
+from .visibility import visible_in_range
 
 _BLOCKS_AT_ONCE = tl.constexpr(16)
 
@@ -115,6 +115,6 @@ def visible_value_sum(
         # [SUM_BLOCK, BLOCK_DV]
         v = load_tile(v_base, key, S, v_strides, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
         # [BLOCK_T, SUM_BLOCK]
-        visible = visible_keys(offs_t[:, None], offs_s[None, :], T, key_lo, key_hi, diagonal)
+        visible = visible_in_range(offs_t[:, None], offs_s[None, :], T, key_lo, key_hi, diagonal)
         total = dot(cast(visible.to(tl.float32), v.dtype), v, total, DOT_PRECISION)
     return total

@@ -11,10 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import index
+from .primitives import head_base, index
 
 if TYPE_CHECKING:
     from ..visibility import Visibility
+
+
+# Place of the mask in the tuple that the kernels take. Triton 3.6 forgets that a value which a
+# function returns is known to the compiler, so kernels look themselves whether it is None.
+MASK = tl.constexpr(0)
 
 
 def visibility_sizes(visibility: Visibility, T: int, S: int) -> tuple[int, int]:
@@ -29,14 +34,20 @@ def visibility_sizes(visibility: Visibility, T: int, S: int) -> tuple[int, int]:
     return min(max(q_offset, -(2**30)), 2**30), diagonal
 
 
-def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """View a boolean mask as bytes without copying or expanding it."""
-    return None if mask is None else mask.view(torch.uint8)
+def visibility_arguments(visibility: Visibility) -> tuple:
+    """Return the tuple `visibility` of the kernels: mask as bytes, its strides, key range."""
+    mask = visibility.attn_mask
+    key_range = (visibility.key_start, visibility.key_end)
+    if mask is None:
+        return (None, 0, 0, 0, 0, *key_range)
+    return (mask.view(torch.uint8), *mask.stride(), *key_range)  # neither copied nor expanded
 
 
 @triton.jit
-def load_key_range(key_start_ptr, key_end_ptr, batch, S):
+def load_key_range(visibility, batch, S):
     """Keys `[key_lo, key_hi)` that one batch entry may see, inside `[0, S)`."""
+    key_start_ptr = visibility[5]
+    key_end_ptr = visibility[6]
     key_lo = 0
     key_hi = S
     if key_start_ptr is not None:
@@ -75,25 +86,29 @@ def key_blocks(
 
 
 @triton.jit
-def visible_keys(rows, keys, T, key_lo, key_hi, diagonal):
-    """Which `keys` the `rows` see; both are broadcast, so either orientation works."""
+def visible_in_range(rows, keys, T, key_lo, key_hi, diagonal):
+    """Which `keys` the `rows` see without a mask; both are broadcast, in either orientation."""
     return (rows < T) & (keys >= key_lo) & (keys < key_hi) & (keys < rows + diagonal)
 
 
 @triton.jit
-def load_mask(
-    base,
+def visible_keys(
+    visibility,
+    batch,
+    head,
     row,
     key,
     T,
     S,
-    strides,
+    key_lo,
+    key_hi,
+    diagonal,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Tile of the boolean mask at query `row` and key `key`, False outside the matrix."""
+    """Which keys from `key` on each query from `row` on sees, a mask included."""
     if TRANSPOSED:
         # [BLOCK_S, BLOCK_T]
         rows = index(BLOCK_T, WIDE)[None, :]
@@ -102,9 +117,16 @@ def load_mask(
         # [BLOCK_T, BLOCK_S]
         rows = index(BLOCK_T, WIDE)[:, None]
         keys = index(BLOCK_S, WIDE)[None, :]
-    origin = base + tl.cast(row, tl.int64) * strides[2] + tl.cast(key, tl.int64) * strides[3]
-    inside = (row + rows < T) & (key + keys < S)
-    return tl.load(origin + (rows * strides[2] + keys * strides[3]), mask=inside, other=0) != 0
+    visible = visible_in_range(row + rows, key + keys, T, key_lo, key_hi, diagonal)
+    if visibility[MASK] is not None:
+        base = head_base(visibility[MASK], batch, head, (visibility[1], visibility[2]))
+        row_stride = visibility[3]
+        key_stride = visibility[4]
+        origin = base + tl.cast(row, tl.int64) * row_stride + tl.cast(key, tl.int64) * key_stride
+        inside = (row + rows < T) & (key + keys < S)
+        offsets = rows * row_stride + keys * key_stride
+        visible = visible & (tl.load(origin + offsets, mask=inside, other=0) != 0)
+    return visible
 
 
 @triton.jit

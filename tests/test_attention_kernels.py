@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from shaped_attn import shaped_attention
 from shaped_attn.kernels import launch
 from shaped_attn.kernels.configs import TileConfig, override_config
-from shaped_attn.kernels.visibility import as_bytes
+from shaped_attn.kernels.visibility import visibility_arguments
 from shaped_attn.testing import (
     SPREADS,
     Case,
@@ -22,6 +22,7 @@ from shaped_attn.testing import (
     relative_error,
     rounding_spread,
 )
+from shaped_attn.visibility import Visibility
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -376,8 +377,8 @@ def test_a_mask_is_read_through_its_strides(device):
     broadcast = run_all(tensors, gains, attn_mask=mask)
     expanded = run_all(tensors, gains, attn_mask=dense)
     assert all(torch.equal(broadcast[name], expanded[name]) for name in broadcast)
-    seen = as_bytes(mask.expand(2, 2, 50, 50))
-    assert seen.stride() == (50, 0, 0, 1) and seen.data_ptr() == mask.data_ptr()
+    seen, *strides, _, _ = visibility_arguments(Visibility(attn_mask=mask.expand(2, 2, 50, 50)))
+    assert strides == [50, 0, 0, 1] and seen.data_ptr() == mask.data_ptr()
 
 
 def test_two_key_sets_merge_by_lse(device):
