@@ -50,13 +50,7 @@ def _plan(call: Call, d_out: torch.Tensor, d_lse: torch.Tensor | None, needs: Ne
         for kernel in ("preprocess", "dkdv", "dq", "dprior")
     )
     gain_strides, gain_is_tensor = launch.gain_arguments(gains)
-    sizes = (
-        H,
-        H // HKV,
-        T,
-        S,
-        *visibility_sizes(visibility, T, S),
-    )
+    sizes = (H, H // HKV, T, S, *visibility_sizes(visibility, T, S))
     strides = (q.stride(), k.stride(), v.stride(), d_out.stride())
     flags = {
         "GAIN_IS_TENSOR": gain_is_tensor,

@@ -212,15 +212,7 @@ def attention_bwd_dkdv_kernel(
             identity_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, IDENTITY, head)
             d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
             d_out = load_tile(
-                d_out_base,
-                key - q_offset,
-                T,
-                d_out_strides[2:],
-                DV,
-                BLOCK_S,
-                BLOCK_DV,
-                True,
-                WIDE,
+                d_out_base, key - q_offset, T, d_out_strides[2:], DV, BLOCK_S, BLOCK_DV, True, WIDE
             )
             dv += branch_gain * identity_gain * d_out.to(tl.float32)
     # Gradients are contiguous (B, Hkv, S, ...).

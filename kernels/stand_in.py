@@ -29,7 +29,6 @@ class StandInDriver:
         self.utils = self
 
     def get_current_target(self) -> GPUTarget:
-        """Return the target that kernels are compiled for."""
         return self.target
 
     def get_current_device(self) -> int:
@@ -37,7 +36,6 @@ class StandInDriver:
         return self.device
 
     def get_current_stream(self, device: int) -> int:
-        """Return the default stream."""
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
@@ -49,11 +47,9 @@ class StandInDriver:
         return None, name, 0, 0, 1024
 
     def unload_module(self, module: None) -> None:
-        """Do nothing."""
+        pass
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Return a launcher that keeps its arguments."""
-
         def launcher(*arguments: Any) -> None:
             self.launches.append(arguments)
 

@@ -226,10 +226,7 @@ def _attention_backward(
         d_prior = d_prior if d_prior.shape == prior.shape else d_prior.sum(0, keepdim=True)
         grads = (*grads[:6], d_prior.to(prior.dtype).contiguous())
     absent = (q.new_empty(0), *(q.new_empty(0, dtype=torch.float32) for _ in range(3)))
-    return (
-        *grads[:3],
-        *(a if g is None else g for g, a in zip(grads[3:], absent, strict=True)),
-    )
+    return (*grads[:3], *(a if g is None else g for g, a in zip(grads[3:], absent, strict=True)))
 
 
 def _composite_backward(
@@ -457,10 +454,6 @@ def attention_from_gains(
     inputs = (q, k, v, residual, *tensors, attn_mask, key_start, key_end, values)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, lse, *_ = _attention_op(
-        *inputs,
-        **options,
-        is_causal=is_causal,
-        q_offset=q_offset,
-        save_for_backward=needs_grad,
+        *inputs, **options, is_causal=is_causal, q_offset=q_offset, save_for_backward=needs_grad
     )
     return out, lse

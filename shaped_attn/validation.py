@@ -110,14 +110,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> N
             )
 
 
-GAIN_NAMES = (
-    "identity_gain",
-    "softmax_gain",
-    "center_gain",
-    "skip_gain",
-    "branch_gain",
-    "scale",
-)
+GAIN_NAMES = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
 """Names of the fields of `Gains` in the public interface."""
 
 
@@ -289,13 +282,7 @@ def check_residual_gain(skip_gain: Gain, residual: Tensor | None) -> None:
 def check_flag(name: str, value: bool) -> None:
     """Check a True/False argument."""
     if not isinstance(value, bool):
-        fail(
-            TypeError,
-            name,
-            "must be True or False",
-            _describe(value),
-            "Pass a bool.",
-        )
+        fail(TypeError, name, "must be True or False", _describe(value), "Pass a bool.")
 
 
 def check_identity(identity_gain: Gain, q: Tensor, k: Tensor, q_offset: int) -> None:
