@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from ..visibility import Visibility
 
 
-# Place of the mask in the tuple that the kernels take. Triton 3.6 forgets that a value which a
-# function returns is known to the compiler, so kernels look themselves whether it is None.
+# Places in the tuple that the kernels take. Triton 3.6 forgets that a value which a function
+# returns is known to the compiler, so kernels look themselves whether the mask is None.
 MASK = tl.constexpr(0)
+MASK_STRIDES = tl.constexpr(1)
+KEY_START = tl.constexpr(5)
+KEY_END = tl.constexpr(6)
 
 
 def visibility_sizes(visibility: Visibility, T: int, S: int) -> tuple[int, int]:
@@ -46,8 +49,8 @@ def visibility_arguments(visibility: Visibility) -> tuple:
 @triton.jit
 def load_key_range(visibility, batch, S):
     """Keys `[key_lo, key_hi)` that one batch entry may see, inside `[0, S)`."""
-    key_start_ptr = visibility[5]
-    key_end_ptr = visibility[6]
+    key_start_ptr = visibility[KEY_START]
+    key_end_ptr = visibility[KEY_END]
     key_lo = 0
     key_hi = S
     if key_start_ptr is not None:
@@ -119,9 +122,10 @@ def visible_keys(
         keys = index(BLOCK_S, WIDE)[None, :]
     visible = visible_in_range(row + rows, key + keys, T, key_lo, key_hi, diagonal)
     if visibility[MASK] is not None:
-        base = head_base(visibility[MASK], batch, head, (visibility[1], visibility[2]))
-        row_stride = visibility[3]
-        key_stride = visibility[4]
+        strides = visibility[MASK_STRIDES:KEY_START]
+        base = head_base(visibility[MASK], batch, head, strides)
+        row_stride = strides[2]
+        key_stride = strides[3]
         origin = base + tl.cast(row, tl.int64) * row_stride + tl.cast(key, tl.int64) * key_stride
         inside = (row + rows < T) & (key + keys < S)
         offsets = rows * row_stride + keys * key_stride

@@ -10,14 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
 from shaped_attn import cli
 from shaped_attn.train import command, metrics, trainer
 from shaped_attn.train import study as study_module
 from shaped_attn.train.settings import TrainSettings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -35,16 +35,6 @@ TINY = {
 }
 STUDY = ("--study", "depth", "--depths", "1,2", "--methods", "pre_ln, e_spa")
 NEITHER = ("--no-skip", "--no-normalization")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 def flags(**changes):

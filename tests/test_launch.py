@@ -108,3 +108,24 @@ def test_what_triton_may_compile_for_is_in_the_signature():
         # But not the value of a number.
         assert call(q, k, v, is_causal=True, scale=0.3, center_gain=0.2)[1] == []
     """)
+
+
+def test_the_alignment_of_what_was_saved_is_in_the_signature():
+    run("""
+        q, k, v = (x.detach() for x in tensors())
+        with launch.assume_architecture(80):
+            out, lse, *saved = torch.ops.shaped_attn.attention(q, k, v, is_causal=True)
+
+            def through_triton_in_backward(excess):
+                compilations.clear()
+                given = {"excess": excess, "center": saved[1], "row_stats": saved[2]}
+                d_out = torch.ones_like(out)
+                backward = torch.ops.shaped_attn.attention_backward
+                backward(d_out, None, q, k, v, **given, is_causal=True)
+                return list(compilations)
+
+            assert len(through_triton_in_backward(saved[0])) == 4
+            assert through_triton_in_backward(saved[0]) == []
+            shifted = saved[0].new_empty(saved[0].numel() + 1)[1:].view(saved[0].shape)
+            assert len(through_triton_in_backward(shifted)) == 4
+    """)

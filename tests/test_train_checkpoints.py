@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from shaped_attn.train import checkpoints, metrics, trainer
 from shaped_attn.train.settings import TrainSettings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {
     "depth": 1,
     "width": 16,
@@ -26,16 +28,6 @@ TINY = {
     "evaluation_windows": 6,
     "checkpoint_every": 4,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 def train(output, stop_after=None, changes=(), **options):

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
@@ -16,6 +15,8 @@ from shaped_attn.train.settings import TrainSettings
 from shaped_attn.train.study import Study, StudyRun, Variant, run_study, variants
 from shaped_attn.train.study_report import plot, table
 from shaped_attn.train.trainer import TrainResult
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = TrainSettings(
     width=16,
@@ -32,16 +33,6 @@ TINY = TrainSettings(
     skip=False,
     normalization=False,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 def run(output, **options):

@@ -21,6 +21,8 @@ from shaped_attn.train.data import load_corpus
 from shaped_attn.train.folder import RunFolder
 from shaped_attn.train.settings import TrainSettings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 TINY = {
     "depth": 2,
@@ -37,17 +39,6 @@ TINY = {
     "evaluation_windows": 6,
     "checkpoint_every": 4,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums do not depend on the machine, nor on tests that ran before."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
