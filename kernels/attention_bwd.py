@@ -39,13 +39,7 @@ class _Plan(NamedTuple):
     scale_dots: tuple[int, ...] | None
 
 
-def _plan(
-    call: Call,
-    saved: ForwardResult,
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    needs: Needs,
-) -> _Plan:
+def _plan(call: Call, d_out: torch.Tensor, needs: Needs) -> _Plan:
     q, k, v, residual, gains, visibility, prior, _ = call
     B, H, T, D = q.shape
     HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
@@ -149,7 +143,7 @@ def launch_backward(
         return None if shape is None else torch.empty(shape, dtype=torch.float32, device=q.device)
 
     with launch.on_device(q):
-        plan = launch.plan_of(_plan, call, saved, d_out, d_lse, needs)
+        plan = launch.plan_of(_plan, call, (d_out, needs), saved, d_lse)
         row_terms = empty((4, *rows))
         gain_dots, scale_dots = empty(plan.gain_dots), empty(plan.scale_dots)
         prior_dots = empty(rows if needs.prior else None)

@@ -309,7 +309,7 @@ class _Plan(NamedTuple):
     forward: launch.Launch
 
 
-def _plan(call: Call, saves: bool) -> _Plan:
+def _plan(call: Call) -> _Plan:
     q, k, v, residual, gains, visibility, prior, _ = call
     B, H, T, D = q.shape
     HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
@@ -357,9 +357,8 @@ def _plan(call: Call, saves: bool) -> _Plan:
 def launch_forward(call: Call, result: ForwardResult) -> None:
     """Launch the forward kernel, which fills `result`; both as in `attention`."""
     q, k, v, residual, gains, visibility, _, prior_parameters = call
-    saves = result.excess is not None
     with launch.on_device(q):
-        plan = launch.plan_of(_plan, call, saves)
+        plan = launch.plan_of(_plan, call, (), result.excess is None)
         plan.forward(
             q,
             k,

@@ -146,8 +146,8 @@ _plans: dict[tuple, Any] = {}
 _Plan = TypeVar("_Plan")
 
 
-def plan_of(build: Callable[..., _Plan], call: Call, *others: Any) -> _Plan:
-    """Return ``build(call, *others)``, or what it returned for a call of the same signature."""
+def plan_of(build: Callable[..., _Plan], call: Call, used: tuple, *others: Any) -> _Plan:
+    """Return ``build(call, *used)``, or what it returned where all arguments had this signature."""
     key = (
         build,
         call.q.device,
@@ -159,13 +159,13 @@ def plan_of(build: Callable[..., _Plan], call: Call, *others: Any) -> _Plan:
         signature(tuple(call.visibility)),
         call.prior,
         signature(call.prior_parameters),
-        signature(others),
+        signature((used, others)),
     )
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()  # lengths that never come again
-        plan = _plans[key] = build(call, *others)
+        plan = _plans[key] = build(call, *used)
     return plan
 
 

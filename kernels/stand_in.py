@@ -39,12 +39,10 @@ class StandInDriver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return what Triton asks before it loads a kernel."""
         return {"max_shared_mem": 2**20}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
-        """Return module, function, registers, spills and most threads of a kernel."""
-        return None, name, 0, 0, 1024
+        return None, name, 0, 0, 1024  # module, function, registers, spills, most threads
 
     def unload_module(self, module: None) -> None:
         pass

@@ -16,7 +16,6 @@ from .primitives import head_base, index
 if TYPE_CHECKING:
     from ..visibility import Visibility
 
-
 # Places in the tuple that the kernels take. Triton 3.6 forgets that a value which a function
 # returns is known to the compiler, so kernels look themselves whether the mask is None.
 MASK = tl.constexpr(0)
