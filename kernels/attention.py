@@ -66,8 +66,8 @@ class ForwardResult(NamedTuple):
     are the results. The others are for the backward, None to a family and empty in the end unless
     saved, and their Dv is padded: excess (B, H, T, Dv), dtype of q, is the centred softmax part Z,
     or the softmax part itself when nothing is centred; center (B, H, T, Dv) float32 is the centre,
-    kept only where a mask or a prior weighs the keys; row_stats (3, B, H, T) float32 holds m of
-    (3), one over the normaliser, and the sum of weights (n, or D of a prior).
+    kept only where a mask or a prior weighs the keys; row_stats (2, B, H, T) float32 holds
+    m + log2 l of (6) and the sum of weights (n, or D of a prior).
     """
 
     out: torch.Tensor
@@ -178,7 +178,7 @@ def attention_fwd(
     excess = center = row_stats = None
     if save_for_backward:
         excess = _empty(q, value_rows, q.dtype)
-        row_stats = _empty(q, (3, *rows))
+        row_stats = _empty(q, (2, *rows))
         if call.is_centered and call.weighed_by is not None:
             center = _empty(q, value_rows)
     if out.numel() > 0:

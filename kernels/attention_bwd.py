@@ -17,11 +17,22 @@ from .bwd_dprior import attention_bwd_dprior_kernel
 from .bwd_dq import attention_bwd_dq_kernel
 from .bwd_preprocess import attention_bwd_preprocess_kernel
 from .configs import TileConfig, block_width, pick_config
+from .primitives import ROW_ALIGNMENT
 from .value_sums import ValueBlockSums
 from .visibility import visibility_arguments, visibility_sizes
 
 if TYPE_CHECKING:
     from .attention import AttentionGradients, Call, ForwardResult, Needs
+
+
+class _Products(NamedTuple):
+    """A kernel that reads q, k, v and d_out tile by tile, and how it reads them."""
+
+    descriptors: launch.Descriptors
+    launch: launch.Launch
+
+    def __call__(self, read: tuple[torch.Tensor, ...], *varying: Any) -> None:
+        self.launch(*read, *self.descriptors(*read), *varying)
 
 
 class _Plan(NamedTuple):
@@ -32,9 +43,10 @@ class _Plan(NamedTuple):
 
     value_sums: ValueBlockSums | None
     preprocess: launch.Launch
-    dkdv: launch.Launch
-    dq: launch.Launch
-    dprior: launch.Launch | None
+    dkdv: _Products
+    dq: _Products
+    dprior: _Products | None
+    row_terms: tuple[int, ...]
     gain_dots: tuple[int, ...] | None
     scale_dots: tuple[int, ...] | None
 
@@ -46,42 +58,57 @@ def _plan(call: Call, d_out: torch.Tensor, needs: Needs) -> _Plan:
     attn_mask = visibility.attn_mask
     arch = launch.architecture(q)
     preprocess, dkdv, dq, dprior = (
-        pick_config(kernel, D, DV, q.element_size(), arch, weighed_by=call.weighed_by)
+        pick_config(
+            kernel,
+            D,
+            DV,
+            q.element_size(),
+            arch,
+            weighed_by=call.weighed_by,
+            is_centered=call.is_centered,
+        )
         for kernel in ("preprocess", "dkdv", "dq", "dprior")
     )
     gain_strides, gain_is_tensor = launch.gain_arguments(gains)
-    sizes = (H, H // HKV, T, S, *visibility_sizes(visibility, T, S))
+    sizes = (H, T, S, *visibility_sizes(visibility, T, S))
     strides = (q.stride(), k.stride(), v.stride(), d_out.stride())
     flags = {
+        "GROUP": H // HKV,
         "GAIN_IS_TENSOR": gain_is_tensor,
         "DOT_PRECISION": launch.dot_precision(q.dtype, arch, D, DV),
     }
 
-    def products(kernel: Any, programs: int, config: TileConfig, **constants: Any) -> launch.Launch:
-        """A kernel that reads q, k, v and d_out tile by tile."""
-        return launch.Launch(
-            kernel,
-            programs,
-            (gain_strides, *strides, *sizes),
-            config,
-            D=D,
-            DV=DV,
-            BLOCK_D=block_width(D),
-            BLOCK_DV=block_width(DV),
-            BLOCK_T=config.block_t,
-            BLOCK_S=config.block_s,
-            ADD_LOG2_PRIOR=prior.add_log2,
-            WIDE=launch.needs_wide_index(config, q, k, v, d_out, attn_mask),
-            **constants,
-            **flags,
+    def products(kernel: Any, programs: int, config: TileConfig, **constants: Any) -> _Products:
+        block_t, block_s = config.block_t, config.block_s
+        return _Products(
+            launch.Descriptors(
+                config, arch, (q, block_t), (k, block_s), (v, block_s), (d_out, block_t)
+            ),
+            launch.Launch(
+                kernel,
+                programs,
+                (gain_strides, *strides, *sizes),
+                config,
+                D=D,
+                DV=DV,
+                BLOCK_D=block_width(D),
+                BLOCK_DV=block_width(DV),
+                BLOCK_T=block_t,
+                BLOCK_S=block_s,
+                ADD_LOG2_PRIOR=prior.add_log2,
+                WIDE=launch.needs_wide_index(config, q, k, v, d_out, attn_mask),
+                **constants,
+                **flags,
+            ),
         )
 
+    aligned = triton.cdiv(T, ROW_ALIGNMENT.value) * ROW_ALIGNMENT.value
     needs_sums = call.is_centered and call.weighed_by is None
     return _Plan(
         ValueBlockSums(v, preprocess) if needs_sums else None,
         launch.Launch(
             attention_bwd_preprocess_kernel,
-            triton.cdiv(T, preprocess.block_t) * B * H,
+            aligned // preprocess.block_t * B * H,
             (gain_strides, v.stride(), launch.strides(residual), d_out.stride(), *sizes),
             preprocess,
             DV=DV,
@@ -102,12 +129,14 @@ def _plan(call: Call, d_out: torch.Tensor, needs: Needs) -> _Plan:
             CENTERED=call.is_centered,
             TIMES_PRIOR=prior.times,
             UNIFORM_PRIOR=prior.is_uniform,
+            MASKED_STAGES=dkdv.masked_stages,
         ),
         products(
             attention_bwd_dq_kernel,
             triton.cdiv(T, dq.block_t) * B * H,
             dq,
             UNIFORM_PRIOR=prior.is_uniform,
+            MASKED_STAGES=dq.masked_stages,
         ),
         products(
             attention_bwd_dprior_kernel,
@@ -119,7 +148,8 @@ def _plan(call: Call, d_out: torch.Tensor, needs: Needs) -> _Plan:
         )
         if needs.prior
         else None,
-        (4, B, H, triton.cdiv(T, preprocess.block_t)) if needs.gains else None,
+        (3, B, H, aligned),
+        (4, B, H, aligned // preprocess.block_t) if needs.gains else None,
         (B, H, triton.cdiv(T, dq.block_t)) if needs.scale else None,
     )
 
@@ -144,7 +174,7 @@ def launch_backward(
 
     with launch.on_device(q):
         plan = launch.plan_of(_plan, call, (d_out, needs), saved, d_lse)
-        row_terms = empty((4, *rows))
+        row_terms = empty(plan.row_terms)
         gain_dots, scale_dots = empty(plan.gain_dots), empty(plan.scale_dots)
         prior_dots = empty(rows if needs.prior else None)
         d_table = empty((prior.entries, *rows) if needs.prior else None)
@@ -164,12 +194,12 @@ def launch_backward(
             gradients.residual,
             gains,
         )
-        read = (q, k, v, d_out, row_terms)
+        read = (q, k, v, d_out)
         weigh = (seen, prior_parameters)
-        plan.dkdv(*read, *weigh, gradients.k, gradients.v, gains)
-        plan.dq(*read, *weigh, gradients.q, scale_dots, gains)
+        plan.dkdv(read, row_terms, *weigh, gradients.k, gradients.v, gains)
+        plan.dq(read, row_terms, *weigh, gradients.q, scale_dots, gains)
         if plan.dprior is not None:
-            plan.dprior(*read, prior_dots, *weigh, d_table, gains)
+            plan.dprior(read, row_terms, prior_dots, *weigh, d_table, gains)
     d_gains = None if gain_dots is None else _gain_gradients(gain_dots.sum((1, 3)), gains)
     d_scale = None if scale_dots is None else scale_dots.sum((0, 2))
     # The table is in log2.

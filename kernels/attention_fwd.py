@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -22,14 +23,16 @@ from .primitives import (
     dot,
     head_base,
     load_gain,
+    load_rows,
     load_tile,
     store_tile,
 )
+from .row_sums import finish_row_sums, rescale_row_sums, round_and_sum, start_row_sums
 from .value_sums import ValueBlockSums, visible_value_sum
 from .visibility import (
     MASK,
     key_blocks,
-    load_key_range,
+    load_bounds,
     visibility_arguments,
     visibility_sizes,
     visible_count,
@@ -39,35 +42,42 @@ from .visibility import (
 if TYPE_CHECKING:
     from .attention import Call, ForwardResult
 
+# Keys, in blocks, from which the form with a fixed maximum is worth a launch of its own: estimated.
+_FEWEST_BLOCKS = 4
+# Sums of weights that a fixed maximum may lead to; times any sensible v they are far from overflow.
+_MOST_WEIGHT = tl.constexpr(2.0**32)
+
 
 @triton.jit
-def _rescale(acc, excess_sum, reference, row_max, scores, CENTERED: tl.constexpr):
-    """Raise the row maximum to that of `scores`, if centred to an integer at or above it.
+def _raise_maximum(row_max, scores, CENTERED: tl.constexpr):
+    """Raise the maximum of each row by an integer, to that of `scores` or above.
 
-    Factors are then powers of two. Without a centre the largest weight is 1, which no dtype rounds.
+    The first is exact, so that a single weight is 1, which no dtype rounds, or an integer if
+    centred. Returns weights, the new maximum and the factor, a power of two, for what came before.
     """
     block_max = tl.max(scores, 1)
-    if CENTERED:
-        block_max = tl.math.ceil(block_max)
-    new_max = tl.maximum(row_max, block_max)
-    # A row that has seen no key has maximum -inf: a finite pivot keeps exp2 free of inf - inf.
-    pivot = tl.where(new_max == -float("inf"), 0.0, new_max)
-    factor = tl.math.exp2(row_max - pivot)
-    weights = tl.math.exp2(scores - pivot[:, None])
-    return weights, acc * factor[:, None], excess_sum * factor, reference * factor, new_max
+    starts = row_max == -float("inf")
+    rise = tl.where(starts, float("inf"), tl.math.ceil(tl.maximum(block_max - row_max, 0.0)))
+    start = tl.math.ceil(block_max) if CENTERED else block_max
+    row_max = tl.where(starts, start, row_max + rise)
+    return _weights(scores, row_max), row_max, tl.math.exp2(-rise)
 
 
 @triton.jit
-def _row_sum(weights, rounded, CENTERED: tl.constexpr):
-    """Row sums of the weights; of the rounded ones where a common rounding error must cancel."""
-    return tl.sum(rounded.to(tl.float32) if CENTERED else weights, 1)
+def _weights(scores, row_max):
+    """Weights relative to the row maximum, which is -inf for a row that has seen no key."""
+    pivot = tl.where(row_max == -float("inf"), 0.0, row_max)
+    return tl.math.exp2(scores - pivot[:, None])
 
 
-@triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
+@triton.jit(do_not_specialize=["H", "T", "S", "q_offset", "diagonal"])
 def attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    q_descriptor,
+    k_descriptor,
+    v_descriptor,
     residual_ptr,
     out_ptr,
     lse_ptr,
@@ -75,6 +85,7 @@ def attention_fwd_kernel(
     center_ptr,
     row_stats_ptr,
     block_sums_ptr,
+    overflow_ptr,
     visibility,
     prior,
     gains,
@@ -85,11 +96,11 @@ def attention_fwd_kernel(
     residual_strides,
     out_strides,
     H,
-    GROUP,
     T,
     S,
     q_offset,
     diagonal,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -103,6 +114,9 @@ def attention_fwd_kernel(
     ADD_LOG2_PRIOR: tl.constexpr,
     TIMES_PRIOR: tl.constexpr,
     UNIFORM_PRIOR: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    ROW_SUMS: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
@@ -110,6 +124,10 @@ def attention_fwd_kernel(
     WEIGHED: tl.constexpr = (visibility[MASK] is not None) or (not UNIFORM_PRIOR)
     tiles = tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
+    if overflow_ptr is not None:
+        if not BOUNDED:
+            if tl.load(overflow_ptr + pid) == 0:
+                return
     # Last rows first: under a causal mask they take longest.
     row = (tiles - 1 - pid % tiles) * BLOCK_T
     pid_bh = pid // tiles
@@ -121,14 +139,18 @@ def attention_fwd_kernel(
     k_base = head_base(k_ptr, batch, kv_head, k_strides)
     v_base = head_base(v_ptr, batch, kv_head, v_strides)
 
+    q_rows = (q_descriptor, q_base, batch, head, T, q_strides[2], q_strides[3])
+    k_rows = (k_descriptor, k_base, batch, kv_head, S, k_strides[2], k_strides[3])
+    v_rows = (v_descriptor, v_base, batch, kv_head, S, v_strides[2], v_strides[3])
     scale_log2 = LOG2_E * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
 
-    key_lo, key_hi = load_key_range(visibility, batch, S)
+    bounds = load_bounds(visibility, batch, T, S, diagonal)
+    key_lo = bounds[2]
     # [BLOCK_T]
     offs_t = row + tl.arange(0, BLOCK_T)
     positions = (q_offset + offs_t)[:, None]
     row_max = tl.full((BLOCK_T,), -float("inf"), tl.float32)
-    excess_sum = tl.zeros((BLOCK_T,), tl.float32)
+    sums = start_row_sums(BLOCK_T, ROW_SUMS)
     reference = tl.zeros((BLOCK_T,), tl.float32)
     weight_sum = tl.zeros((BLOCK_T,), tl.float32)
     # u of (4), relative to the row maximum; with a prior log2 u, and the sum of u A0.
@@ -137,43 +159,31 @@ def attention_fwd_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
     value_sum = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
     # [BLOCK_T, BLOCK_D]
-    q = load_tile(q_base, row, T, q_strides[2:], D, BLOCK_T, BLOCK_D, True, WIDE)
+    q = load_rows(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
 
-    first, full_end, masked = key_blocks(
-        row, T, key_lo, key_hi, diagonal, BLOCK_T, BLOCK_S, WEIGHED
-    )
+    first, full_end, masked = key_blocks(row, bounds, BLOCK_T, BLOCK_S, WEIGHED)
     # The first block and those at the edges of the visible range; the first sets the reference.
-    for block in tl.range(0, masked):
+    for block in tl.range(0, masked, num_stages=MASKED_STAGES):
         key = tl.where(block == 0, first, full_end + (block - 1) * BLOCK_S)
         # [1, BLOCK_S]
         keys = (key + tl.arange(0, BLOCK_S))[None, :]
         # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
-        k = load_tile(k_base, key, S, k_strides[2:], D, BLOCK_S, BLOCK_D, True, WIDE)
-        v = load_tile(v_base, key, S, v_strides[2:], DV, BLOCK_S, BLOCK_DV, True, WIDE)
+        k = load_rows(k_rows, key, D, BLOCK_S, BLOCK_D, True, WIDE)
+        v = load_rows(v_rows, key, DV, BLOCK_S, BLOCK_DV, True, WIDE)
         # [BLOCK_T, BLOCK_S]
         zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         logits = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
         scores = ADD_LOG2_PRIOR(logits, positions, keys, key_lo, head, prior)
         visible = visible_keys(
-            visibility,
-            batch,
-            head,
-            row,
-            key,
-            T,
-            S,
-            key_lo,
-            key_hi,
-            diagonal,
-            BLOCK_T,
-            BLOCK_S,
-            False,
-            WIDE,
+            visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, False, WIDE
         )
+        if CENTERED:
+            logit_sum = tl.sum(tl.where(visible, logits, 0.0), 1)
         scores = tl.where(visible, scores, -float("inf"))
-        weights, acc, excess_sum, reference, row_max = _rescale(
-            acc, excess_sum, reference, row_max, scores, CENTERED
-        )
+        weights, row_max, factor = _raise_maximum(row_max, scores, CENTERED)
+        acc *= factor[:, None]
+        sums = rescale_row_sums(sums, factor, ROW_SUMS)
+        reference *= factor
         if WEIGHED:
             ones = tl.where(visible, 1.0, 0.0)
             count = tl.sum(ones, 1)
@@ -182,12 +192,12 @@ def attention_fwd_kernel(
             if CENTERED:
                 value_sum = dot(cast(at_zero, v.dtype), v, value_sum, DOT_PRECISION)
         else:
-            count = visible_count(offs_t, key, key_lo, key_hi, diagonal, BLOCK_S)
+            count = visible_count(offs_t, key, bounds, BLOCK_S)
             tile_sum = count
         if CENTERED:
             # The geometric mean weight of a row's first visible tile, exact in the dtype of v.
             starts = (weight_sum == 0.0) & (count > 0.0)
-            mean = tl.sum(tl.where(visible, logits, 0.0), 1) / tl.where(starts, count, 1.0)
+            mean = logit_sum / tl.where(starts, count, 1.0)
             if UNIFORM_PRIOR:
                 typical = cast(tl.math.exp2(mean - row_max), v.dtype).to(tl.float32)
                 reference = tl.where(starts, typical, reference)
@@ -203,30 +213,38 @@ def attention_fwd_kernel(
                 reference += tl.sum(at_reference, 1)
                 weights -= at_reference
         weight_sum += tile_sum
-        rounded = cast(weights, v.dtype)
-        excess_sum += _row_sum(weights, rounded, CENTERED)
+        rounded, sums = round_and_sum(weights, sums, v.dtype, ROW_SUMS)
         acc = dot(rounded, v, acc, DOT_PRECISION)
 
     if not WEIGHED:
         # Blocks that every row sees whole.
         for key in tl.range(first + BLOCK_S, full_end, BLOCK_S):
-            k = load_tile(k_base, key, S, k_strides[2:], D, BLOCK_S, BLOCK_D, False, WIDE)
-            v = load_tile(v_base, key, S, v_strides[2:], DV, BLOCK_S, BLOCK_DV, False, WIDE)
+            k = load_rows(k_rows, key, D, BLOCK_S, BLOCK_D, False, WIDE)
+            v = load_rows(v_rows, key, DV, BLOCK_S, BLOCK_DV, False, WIDE)
             # [BLOCK_T, BLOCK_S]
             zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
             scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
-            weights, acc, excess_sum, reference, row_max = _rescale(
-                acc, excess_sum, reference, row_max, scores, CENTERED
-            )
+            if BOUNDED:
+                weights = _weights(scores, row_max)
+            else:
+                weights, row_max, factor = _raise_maximum(row_max, scores, CENTERED)
+                acc *= factor[:, None]
+                sums = rescale_row_sums(sums, factor, ROW_SUMS)
+                reference *= factor
             if CENTERED:
                 weights -= reference[:, None]
-            rounded = cast(weights, v.dtype)
-            excess_sum += _row_sum(weights, rounded, CENTERED)
+            rounded, sums = round_and_sum(weights, sums, v.dtype, ROW_SUMS)
             acc = dot(rounded, v, acc, DOT_PRECISION)
+        T, S, key_lo, key_hi, diagonal = bounds
         row_end = tl.minimum(key_hi, offs_t + diagonal)
         weight_sum = tl.maximum(row_end - key_lo, 0).to(tl.float32)
 
     # [BLOCK_T]
+    excess_sum = finish_row_sums(sums, ROW_SUMS)
+    if BOUNDED:
+        # NaN is not below the limit either; rows past T hold anything.
+        fits = (excess_sum < _MOST_WEIGHT) | (offs_t >= bounds[0])
+        tl.store(overflow_ptr + pid, 1 - tl.min(fits.to(tl.int32), 0))
     normalizer = excess_sum + (weight_sum * reference if UNIFORM_PRIOR else reference)
     has_keys = row_max > -float("inf")
     inverse_normalizer = tl.where(has_keys, 1.0 / tl.where(has_keys, normalizer, 1.0), 0.0)
@@ -239,17 +257,13 @@ def attention_fwd_kernel(
                 tl.cdiv(S, SUM_BLOCK) * DV
             )
             value_sum = visible_value_sum(
-                v_base,
+                v_rows,
                 sums_base,
                 row,
-                T,
-                S,
-                key_lo,
-                key_hi,
-                diagonal,
-                v_strides[2:],
+                bounds,
                 DV,
                 BLOCK_T,
+                BLOCK_S,
                 BLOCK_DV,
                 SUM_BLOCK,
                 WIDE,
@@ -266,8 +280,8 @@ def attention_fwd_kernel(
     # Saved tensors are contiguous (B, H, T, ...). They go first: their registers are then free.
     first_row = tl.cast(pid_bh, tl.int64) * T
     inside = offs_t < T
-    lse = LN_2 * (row_max + tl.math.log2(tl.where(has_keys, normalizer, 1.0)))
-    tl.store(lse_ptr + first_row + offs_t, lse, mask=inside)
+    log2_normalizer = row_max + tl.math.log2(tl.where(has_keys, normalizer, 1.0))
+    tl.store(lse_ptr + first_row + offs_t, log2_normalizer * LN_2, mask=inside)
     if excess_ptr is not None:
         excess_base = excess_ptr + first_row * DV
         store_tile(excess_base, row, T, (DV, 1), excess, DV, BLOCK_T, BLOCK_DV, WIDE)
@@ -276,9 +290,8 @@ def attention_fwd_kernel(
             store_tile(center_base, row, T, (DV, 1), center, DV, BLOCK_T, BLOCK_DV, WIDE)
         plane = tl.cast(tl.num_programs(0) // tiles, tl.int64) * T
         stats = row_stats_ptr + first_row + offs_t
-        tl.store(stats, row_max, mask=inside)
-        tl.store(stats + plane, inverse_normalizer, mask=inside)
-        tl.store(stats + 2 * plane, weight_sum, mask=inside)
+        tl.store(stats, log2_normalizer, mask=inside)
+        tl.store(stats + plane, weight_sum, mask=inside)
 
     # Loaded this late, the gains cost no registers above.
     branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, BRANCH, head)
@@ -303,10 +316,15 @@ def attention_fwd_kernel(
 
 
 class _Plan(NamedTuple):
-    """The launches of a forward; value_sums is None where it does not need the sums."""
+    """The launches of a forward and what they need.
+
+    value_sums is None where it does not need the sums, bounded where it has no form of its own.
+    """
 
     value_sums: ValueBlockSums | None
-    forward: launch.Launch
+    descriptors: launch.Descriptors
+    bounded: launch.Launch | None
+    running: launch.Launch
 
 
 def _plan(call: Call) -> _Plan:
@@ -315,43 +333,65 @@ def _plan(call: Call) -> _Plan:
     HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
     attn_mask = visibility.attn_mask
     arch = launch.architecture(q)
-    config = pick_config("forward", D, DV, q.element_size(), arch, weighed_by=call.weighed_by)
-    gain_strides, gain_is_tensor = launch.gain_arguments(gains)
-    forward = launch.Launch(
-        attention_fwd_kernel,
-        triton.cdiv(T, config.block_t) * B * H,
-        (
-            gain_strides,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            launch.strides(residual),
-            (H * T * DV, T * DV, DV, 1),
-            H,
-            H // HKV,
-            T,
-            S,
-            *visibility_sizes(visibility, T, S),
-        ),
-        config,
-        D=D,
-        DV=DV,
-        BLOCK_D=block_width(D),
-        BLOCK_DV=block_width(DV),
-        BLOCK_T=config.block_t,
-        BLOCK_S=config.block_s,
-        SUM_BLOCK=config.sum_block,
-        HAS_IDENTITY=call.has_identity,
-        CENTERED=call.is_centered,
-        GAIN_IS_TENSOR=gain_is_tensor,
-        ADD_LOG2_PRIOR=prior.add_log2,
-        TIMES_PRIOR=prior.times,
-        UNIFORM_PRIOR=prior.is_uniform,
-        WIDE=launch.needs_wide_index(config, q, k, v, residual, attn_mask),
-        DOT_PRECISION=launch.dot_precision(q.dtype, arch, D, DV),
+    config = pick_config(
+        "forward",
+        D,
+        DV,
+        q.element_size(),
+        arch,
+        weighed_by=call.weighed_by,
+        is_centered=call.is_centered,
     )
-    needs_sums = call.is_centered and call.weighed_by is None
-    return _Plan(ValueBlockSums(v, config) if needs_sums else None, forward)
+    gain_strides, gain_is_tensor = launch.gain_arguments(gains)
+
+    def forward(is_bounded: bool) -> launch.Launch:
+        return launch.Launch(
+            attention_fwd_kernel,
+            triton.cdiv(T, config.block_t) * B * H,
+            (
+                gain_strides,
+                q.stride(),
+                k.stride(),
+                v.stride(),
+                launch.strides(residual),
+                (H * T * DV, T * DV, DV, 1),
+                H,
+                T,
+                S,
+                *visibility_sizes(visibility, T, S),
+            ),
+            config,
+            GROUP=H // HKV,
+            D=D,
+            DV=DV,
+            BLOCK_D=block_width(D),
+            BLOCK_DV=block_width(DV),
+            BLOCK_T=config.block_t,
+            BLOCK_S=config.block_s,
+            SUM_BLOCK=config.sum_block,
+            HAS_IDENTITY=call.has_identity,
+            CENTERED=call.is_centered,
+            GAIN_IS_TENSOR=gain_is_tensor,
+            ADD_LOG2_PRIOR=prior.add_log2,
+            TIMES_PRIOR=prior.times,
+            UNIFORM_PRIOR=prior.is_uniform,
+            BOUNDED=is_bounded,
+            MASKED_STAGES=config.masked_stages,
+            ROW_SUMS=launch.row_sums(config, q.dtype, arch),
+            WIDE=launch.needs_wide_index(config, q, k, v, residual, attn_mask),
+            DOT_PRECISION=launch.dot_precision(q.dtype, arch, D, DV),
+        )
+
+    is_weighed = call.weighed_by is not None
+    has_bounded = not is_weighed and _FEWEST_BLOCKS * config.block_s <= S
+    return _Plan(
+        ValueBlockSums(v, config) if call.is_centered and not is_weighed else None,
+        launch.Descriptors(
+            config, arch, (q, config.block_t), (k, config.block_s), (v, config.block_s)
+        ),
+        forward(True) if has_bounded else None,
+        forward(False),
+    )
 
 
 def launch_forward(call: Call, result: ForwardResult) -> None:
@@ -359,14 +399,18 @@ def launch_forward(call: Call, result: ForwardResult) -> None:
     q, k, v, residual, gains, visibility, _, prior_parameters = call
     with launch.on_device(q):
         plan = launch.plan_of(_plan, call, (), result.excess is None)
-        plan.forward(
+        arguments = (
             q,
             k,
             v,
+            *plan.descriptors(q, k, v),
             residual,
             *result,
             None if plan.value_sums is None else plan.value_sums(v),
-            visibility_arguments(visibility),
-            prior_parameters,
-            tuple(gains),
         )
+        varying = (visibility_arguments(visibility), prior_parameters, tuple(gains))
+        overflow = None
+        if plan.bounded is not None:
+            overflow = torch.empty(plan.bounded.grid[0], dtype=torch.int32, device=q.device)
+            plan.bounded(*arguments, overflow, *varying)
+        plan.running(*arguments, overflow, *varying)

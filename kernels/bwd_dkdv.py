@@ -12,14 +12,17 @@ from .primitives import (
     LOG2_E,
     SCALE,
     SOFTMAX,
+    aligned_rows,
     cast,
     dot,
     head_base,
     load_gain,
+    load_rows,
     load_tile,
+    softmax_sign,
     store_tile,
 )
-from .visibility import MASK, load_key_range, query_blocks, visible_keys
+from .visibility import MASK, load_bounds, query_blocks, visible_keys
 
 
 @triton.jit
@@ -28,13 +31,13 @@ def _group_scales(
     gain_strides,
     GAIN_IS_TENSOR: tl.constexpr,
     first_head,
-    GROUP,
+    GROUP: tl.constexpr,
     FP16: tl.constexpr,
     UNIFORM_PRIOR: tl.constexpr,
 ):
     """Common factors under which the heads of one group accumulate dk and dv.
 
-    Returns the largest |scale|, and the power of two that lifts weights of order 1/n out of
+    Returns the scale of largest size, and the power of two that lifts weights of order 1/n out of
     float16's subnormal range: they are at most D (|softmax_gain| + |center_gain|), which leaves
     a factor of 16 to overflow where D = 1. A prior that keeps variances has D up to the root of
     the number of keys: it gets a factor of 2048.
@@ -44,7 +47,7 @@ def _group_scales(
     for member in tl.range(0, GROUP):
         head = first_head + member
         scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
-        largest_scale = tl.maximum(largest_scale, tl.abs(scale))
+        largest_scale = tl.where(tl.abs(scale) > tl.abs(largest_scale), scale, largest_scale)
         if FP16:
             branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, BRANCH, head)
             softmax_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SOFTMAX, head)
@@ -58,12 +61,16 @@ def _group_scales(
     return largest_scale, weight_lift
 
 
-@triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
+@triton.jit(do_not_specialize=["H", "T", "S", "q_offset", "diagonal"])
 def attention_bwd_dkdv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     d_out_ptr,
+    q_descriptor,
+    k_descriptor,
+    v_descriptor,
+    d_out_descriptor,
     row_terms_ptr,
     visibility,
     prior,
@@ -76,11 +83,11 @@ def attention_bwd_dkdv_kernel(
     v_strides,
     d_out_strides,
     H,
-    GROUP,
     T,
     S,
     q_offset,
     diagonal,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -93,6 +100,7 @@ def attention_bwd_dkdv_kernel(
     ADD_LOG2_PRIOR: tl.constexpr,
     TIMES_PRIOR: tl.constexpr,
     UNIFORM_PRIOR: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
@@ -106,20 +114,21 @@ def attention_bwd_dkdv_kernel(
     kv_heads = H // GROUP
     batch = pid_bh // kv_heads
     kv_head = pid_bh % kv_heads
-    plane = tl.cast(tl.num_programs(0) // blocks, tl.int64) * GROUP * T
+    plane = tl.cast(tl.num_programs(0) // blocks, tl.int64) * GROUP * aligned_rows(T)
 
     k_base = head_base(k_ptr, batch, kv_head, k_strides)
     v_base = head_base(v_ptr, batch, kv_head, v_strides)
+    k_rows = (k_descriptor, k_base, batch, kv_head, S, k_strides[2], k_strides[3])
+    v_rows = (v_descriptor, v_base, batch, kv_head, S, v_strides[2], v_strides[3])
     # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
-    k = load_tile(k_base, key, S, k_strides[2:], D, BLOCK_S, BLOCK_D, True, WIDE)
-    v = load_tile(v_base, key, S, v_strides[2:], DV, BLOCK_S, BLOCK_DV, True, WIDE)
+    k = load_rows(k_rows, key, D, BLOCK_S, BLOCK_D, True, WIDE)
+    v = load_rows(v_rows, key, DV, BLOCK_S, BLOCK_DV, True, WIDE)
     dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_S, BLOCK_DV), tl.float32)
 
-    key_lo, key_hi = load_key_range(visibility, batch, S)
-    masked_from, full_from = query_blocks(
-        key, T, key_lo, key_hi, diagonal, BLOCK_T, BLOCK_S, WEIGHED
-    )
+    bounds = load_bounds(visibility, batch, T, S, diagonal)
+    key_lo = bounds[2]
+    masked_from, full_from = query_blocks(key, bounds, BLOCK_T, BLOCK_S, WEIGHED)
     largest_scale, weight_lift = _group_scales(
         gains,
         gain_strides,
@@ -129,6 +138,8 @@ def attention_bwd_dkdv_kernel(
         k.dtype == tl.float16,
         UNIFORM_PRIOR,
     )
+    scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, kv_head * GROUP)
+    sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, kv_head * GROUP)
     # First the rows that need a mask, then those that see all keys of the block.
     for phase in tl.static_range(1 if WEIGHED else 2):
         from_row = masked_from if phase == 0 else full_from
@@ -136,25 +147,26 @@ def attention_bwd_dkdv_kernel(
             (full_from - masked_from) // BLOCK_T if phase == 0 else tl.cdiv(T - full_from, BLOCK_T)
         )
         # One loop over the tiles of all heads of the group: nested loops cost registers.
-        for step in tl.range(0, GROUP * tiles):
-            head = kv_head * GROUP + step // tiles
-            row = from_row + step % tiles * BLOCK_T
+        for step in tl.range(0, GROUP * tiles, num_stages=MASKED_STAGES if phase == 0 else None):
+            head = kv_head * GROUP + (0 if GROUP == 1 else step // tiles)
+            row = from_row + (step if GROUP == 1 else step % tiles) * BLOCK_T
             q_base = head_base(q_ptr, batch, head, q_strides)
             d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
-            row_terms = row_terms_ptr + (tl.cast(batch, tl.int64) * H + head) * T
-            scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
+            q_rows = (q_descriptor, q_base, batch, head, T, q_strides[2], q_strides[3])
+            strides = d_out_strides
+            d_out_rows = (d_out_descriptor, d_out_base, batch, head, T, strides[2], strides[3])
+            row_terms = row_terms_ptr + (tl.cast(batch, tl.int64) * H + head) * aligned_rows(T)
+            if GROUP > 1:
+                scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
+                sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, head)
             # [BLOCK_T]
             offs_t = row + tl.arange(0, BLOCK_T)
-            inside = offs_t < T
-            # Rows past T get weight 0, so they need no mask below.
-            row_max = tl.load(row_terms + offs_t, mask=inside, other=float("inf"))
-            softmax_weight = tl.load(row_terms + plane + offs_t, mask=inside, other=0.0)
-            delta = tl.load(row_terms + 2 * plane + offs_t, mask=inside, other=0.0)
+            # Rows past T have weight 0, so they need no mask below.
+            exponent = tl.load(row_terms + offs_t)
+            delta = tl.load(row_terms + plane + offs_t)
             # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
-            q = load_tile(q_base, row, T, q_strides[2:], D, BLOCK_T, BLOCK_D, True, WIDE)
-            d_out = load_tile(
-                d_out_base, row, T, d_out_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE
-            )
+            q = load_rows(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
+            d_out = load_rows(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
             if d_out.dtype != dtype:
                 d_out = cast(d_out.to(tl.float32), dtype)
             # [1, BLOCK_T], [BLOCK_S, 1]
@@ -164,43 +176,27 @@ def attention_bwd_dkdv_kernel(
             zeros = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
             scores = dot(k, tl.trans(q), zeros, DOT_PRECISION) * (LOG2_E * scale)
             scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
-            weights = tl.math.exp2(scores - row_max[None, :])
+            weights = tl.math.exp2(scores - exponent[None, :])
             if phase == 0:
                 visible = visible_keys(
-                    visibility,
-                    batch,
-                    head,
-                    row,
-                    key,
-                    T,
-                    S,
-                    key_lo,
-                    key_hi,
-                    diagonal,
-                    BLOCK_T,
-                    BLOCK_S,
-                    True,
-                    WIDE,
+                    visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, True, WIDE
                 )
                 weights = tl.where(visible, weights, 0.0)
-            value_weights = weights * softmax_weight[None, :]
+            value_weights = weights * (sign * weight_lift)
             if CENTERED:
-                center_weight = tl.load(row_terms + 3 * plane + offs_t, mask=inside, other=0.0)
-                center_weights = center_weight[None, :] + zeros
+                center_weight = tl.load(row_terms + 2 * plane + offs_t)
+                center_weights = (center_weight * weight_lift)[None, :] + zeros
                 if phase == 0:
                     center_weights = tl.where(visible, center_weights, 0.0)
                 value_weights -= TIMES_PRIOR(center_weights, positions, keys, key_lo, head, prior)
-            if dtype == tl.float16:
-                value_weights *= weight_lift
             dv = dot(cast(value_weights, dtype), d_out, dv, DOT_PRECISION)
             d_weights = dot(v, tl.trans(d_out), zeros, DOT_PRECISION)
-            # The heads of a group share one accumulator in units of the largest scale.
-            score_factor = tl.where(
-                largest_scale > 0.0, scale / tl.maximum(largest_scale, 1e-30), 0.0
-            )
-            score_weight = softmax_weight * score_factor
-            delta *= score_factor
-            d_scores = weights * (score_weight[None, :] * d_weights - delta[None, :])
+            if GROUP > 1:
+                # The heads of a group share one accumulator in units of the largest scale.
+                unit = tl.where(largest_scale == 0.0, 0.0, scale / largest_scale)
+                sign *= unit
+                delta *= unit
+            d_scores = weights * (sign * d_weights - delta[None, :])
             dk = dot(cast(d_scores, dtype), q, dk, DOT_PRECISION)
 
     dk *= largest_scale

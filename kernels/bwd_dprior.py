@@ -5,16 +5,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LOG2_E, SCALE, cast, dot, head_base, load_gain, load_tile
-from .visibility import key_blocks, load_key_range, visible_keys
+from .primitives import (
+    LOG2_E,
+    SCALE,
+    aligned_rows,
+    cast,
+    dot,
+    head_base,
+    load_gain,
+    load_rows,
+    softmax_sign,
+)
+from .visibility import key_blocks, load_bounds, visible_keys
 
 
-@triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
+@triton.jit(do_not_specialize=["H", "T", "S", "q_offset", "diagonal"])
 def attention_bwd_dprior_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     d_out_ptr,
+    q_descriptor,
+    k_descriptor,
+    v_descriptor,
+    d_out_descriptor,
     row_terms_ptr,
     prior_dots_ptr,
     visibility,
@@ -27,11 +41,11 @@ def attention_bwd_dprior_kernel(
     v_strides,
     d_out_strides,
     H,
-    GROUP,
     T,
     S,
     q_offset,
     diagonal,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -54,70 +68,63 @@ def attention_bwd_dprior_kernel(
     batch = pid_bh // H
     head = pid_bh % H
     kv_head = head // GROUP
-    plane = tl.cast(tl.num_programs(0) // tiles, tl.int64) * T
+    heads = tl.cast(tl.num_programs(0) // tiles, tl.int64)
+    plane = heads * aligned_rows(T)
     first_row = tl.cast(pid_bh, tl.int64) * T
 
     q_base = head_base(q_ptr, batch, head, q_strides)
     k_base = head_base(k_ptr, batch, kv_head, k_strides)
     v_base = head_base(v_ptr, batch, kv_head, v_strides)
     d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
+    q_rows = (q_descriptor, q_base, batch, head, T, q_strides[2], q_strides[3])
+    k_rows = (k_descriptor, k_base, batch, kv_head, S, k_strides[2], k_strides[3])
+    v_rows = (v_descriptor, v_base, batch, kv_head, S, v_strides[2], v_strides[3])
+    d_out_rows = (d_out_descriptor, d_out_base, batch, head, T, d_out_strides[2], d_out_strides[3])
     scale_log2 = LOG2_E * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
+    sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, head)
 
     # [BLOCK_T]
     offs_t = row + tl.arange(0, BLOCK_T)
+    row_terms = row_terms_ptr + tl.cast(pid_bh, tl.int64) * aligned_rows(T) + offs_t
+    exponent = tl.load(row_terms)
+    delta = tl.load(row_terms + plane)
+    center_weight = tl.load(row_terms + 2 * plane)
     inside = offs_t < T
-    row_terms = row_terms_ptr + first_row + offs_t
-    row_max = tl.load(row_terms, mask=inside, other=float("inf"))
-    softmax_weight = tl.load(row_terms + plane, mask=inside, other=0.0)
-    delta = tl.load(row_terms + 2 * plane, mask=inside, other=0.0)
-    center_weight = tl.load(row_terms + 3 * plane, mask=inside, other=0.0)
     d_prior_sum = tl.load(prior_dots_ptr + first_row + offs_t, mask=inside, other=0.0)
     sums = (tl.zeros((BLOCK_T,), tl.float32),) * ENTRIES
     # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
-    q = load_tile(q_base, row, T, q_strides[2:], D, BLOCK_T, BLOCK_D, True, WIDE)
-    d_out = load_tile(d_out_base, row, T, d_out_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE)
+    q = load_rows(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
+    d_out = load_rows(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
     if d_out.dtype != q.dtype:
         d_out = cast(d_out.to(tl.float32), q.dtype)
     # [BLOCK_T, 1]
     positions = (q_offset + offs_t)[:, None]
 
-    key_lo, key_hi = load_key_range(visibility, batch, S)
-    first, full_end, masked = key_blocks(row, T, key_lo, key_hi, diagonal, BLOCK_T, BLOCK_S, True)
+    bounds = load_bounds(visibility, batch, T, S, diagonal)
+    key_lo = bounds[2]
+    first, full_end, masked = key_blocks(row, bounds, BLOCK_T, BLOCK_S, True)
     for block in tl.range(0, masked):
         key = tl.where(block == 0, first, full_end + (block - 1) * BLOCK_S)
         # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV], [1, BLOCK_S]
-        k = load_tile(k_base, key, S, k_strides[2:], D, BLOCK_S, BLOCK_D, True, WIDE)
-        v = load_tile(v_base, key, S, v_strides[2:], DV, BLOCK_S, BLOCK_DV, True, WIDE)
+        k = load_rows(k_rows, key, D, BLOCK_S, BLOCK_D, True, WIDE)
+        v = load_rows(v_rows, key, DV, BLOCK_S, BLOCK_DV, True, WIDE)
         keys = (key + tl.arange(0, BLOCK_S))[None, :]
         # [BLOCK_T, BLOCK_S]
         zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         visible = visible_keys(
-            visibility,
-            batch,
-            head,
-            row,
-            key,
-            T,
-            S,
-            key_lo,
-            key_hi,
-            diagonal,
-            BLOCK_T,
-            BLOCK_S,
-            False,
-            WIDE,
+            visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, False, WIDE
         )
         scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
         scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
-        weights = tl.where(visible, tl.math.exp2(scores - row_max[:, None]), 0.0)
+        weights = tl.where(visible, tl.math.exp2(scores - exponent[:, None]), 0.0)
         at_zero = TIMES_PRIOR(tl.where(visible, 1.0, 0.0), positions, keys, key_lo, head, prior)
         d_weights = dot(d_out, tl.trans(v), zeros, DOT_PRECISION)
         # Of the natural log of A0: through the softmax, through D and through the centre.
-        d_logs = weights * (softmax_weight[:, None] * d_weights - delta[:, None])
+        d_logs = weights * (sign * d_weights - delta[:, None])
         d_logs += at_zero * (d_prior_sum[:, None] - center_weight[:, None] * d_weights)
         sums = ACCUMULATE(sums, d_logs, positions, keys, key_lo)
 
     # (ENTRIES, B, H, T), summed over rows and batch afterwards in a fixed order.
     out = d_table_ptr + first_row + offs_t
     for entry in tl.static_range(ENTRIES):
-        tl.store(out + entry * plane, sums[entry], mask=inside)
+        tl.store(out + entry * heads * T, sums[entry], mask=inside)

@@ -5,16 +5,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LOG2_E, SCALE, cast, dot, head_base, load_gain, load_tile, store_tile
-from .visibility import MASK, key_blocks, load_key_range, visible_keys
+from .primitives import (
+    LOG2_E,
+    SCALE,
+    aligned_rows,
+    cast,
+    dot,
+    head_base,
+    load_gain,
+    load_rows,
+    softmax_sign,
+    store_tile,
+)
+from .visibility import MASK, key_blocks, load_bounds, visible_keys
 
 
-@triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
+@triton.jit(do_not_specialize=["H", "T", "S", "q_offset", "diagonal"])
 def attention_bwd_dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     d_out_ptr,
+    q_descriptor,
+    k_descriptor,
+    v_descriptor,
+    d_out_descriptor,
     row_terms_ptr,
     visibility,
     prior,
@@ -27,11 +42,11 @@ def attention_bwd_dq_kernel(
     v_strides,
     d_out_strides,
     H,
-    GROUP,
     T,
     S,
     q_offset,
     diagonal,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -41,6 +56,7 @@ def attention_bwd_dq_kernel(
     GAIN_IS_TENSOR: tl.constexpr,
     ADD_LOG2_PRIOR: tl.constexpr,
     UNIFORM_PRIOR: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
@@ -54,25 +70,28 @@ def attention_bwd_dq_kernel(
     batch = pid_bh // H
     head = pid_bh % H
     kv_head = head // GROUP
-    plane = tl.cast(tl.num_programs(0) // tiles, tl.int64) * T
+    plane = tl.cast(tl.num_programs(0) // tiles, tl.int64) * aligned_rows(T)
     first_row = tl.cast(pid_bh, tl.int64) * T
 
     q_base = head_base(q_ptr, batch, head, q_strides)
     k_base = head_base(k_ptr, batch, kv_head, k_strides)
     v_base = head_base(v_ptr, batch, kv_head, v_strides)
     d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
+    q_rows = (q_descriptor, q_base, batch, head, T, q_strides[2], q_strides[3])
+    k_rows = (k_descriptor, k_base, batch, kv_head, S, k_strides[2], k_strides[3])
+    v_rows = (v_descriptor, v_base, batch, kv_head, S, v_strides[2], v_strides[3])
+    d_out_rows = (d_out_descriptor, d_out_base, batch, head, T, d_out_strides[2], d_out_strides[3])
     scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
+    sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, head)
 
     # [BLOCK_T]
     offs_t = row + tl.arange(0, BLOCK_T)
-    inside = offs_t < T
-    row_terms = row_terms_ptr + first_row + offs_t
-    row_max = tl.load(row_terms, mask=inside, other=float("inf"))
-    softmax_weight = tl.load(row_terms + plane, mask=inside, other=0.0)
-    delta = tl.load(row_terms + 2 * plane, mask=inside, other=0.0)
+    row_terms = row_terms_ptr + tl.cast(pid_bh, tl.int64) * aligned_rows(T) + offs_t
+    exponent = tl.load(row_terms)
+    delta = tl.load(row_terms + plane)
     # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
-    q = load_tile(q_base, row, T, q_strides[2:], D, BLOCK_T, BLOCK_D, True, WIDE)
-    d_out = load_tile(d_out_base, row, T, d_out_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE)
+    q = load_rows(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
+    d_out = load_rows(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
     if d_out.dtype != q.dtype:
         d_out = cast(d_out.to(tl.float32), q.dtype)
     dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -80,47 +99,33 @@ def attention_bwd_dq_kernel(
     # [BLOCK_T, 1]
     positions = (q_offset + offs_t)[:, None]
 
-    key_lo, key_hi = load_key_range(visibility, batch, S)
-    first, full_end, masked = key_blocks(
-        row, T, key_lo, key_hi, diagonal, BLOCK_T, BLOCK_S, WEIGHED
-    )
+    bounds = load_bounds(visibility, batch, T, S, diagonal)
+    key_lo = bounds[2]
+    first, full_end, masked = key_blocks(row, bounds, BLOCK_T, BLOCK_S, WEIGHED)
     # First the blocks that need a mask, then those that every row sees whole.
     for phase in tl.static_range(1 if WEIGHED else 2):
         blocks = masked if phase == 0 else (full_end - first) // BLOCK_S - 1
-        for block in tl.range(0, blocks):
+        for block in tl.range(0, blocks, num_stages=MASKED_STAGES if phase == 0 else None):
             key = first + (block + 1) * BLOCK_S
             if phase == 0:
                 key = tl.where(block == 0, first, full_end + (block - 1) * BLOCK_S)
             # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
-            k = load_tile(k_base, key, S, k_strides[2:], D, BLOCK_S, BLOCK_D, phase == 0, WIDE)
-            v = load_tile(v_base, key, S, v_strides[2:], DV, BLOCK_S, BLOCK_DV, phase == 0, WIDE)
+            k = load_rows(k_rows, key, D, BLOCK_S, BLOCK_D, phase == 0, WIDE)
+            v = load_rows(v_rows, key, DV, BLOCK_S, BLOCK_DV, phase == 0, WIDE)
             # [1, BLOCK_S]
             keys = (key + tl.arange(0, BLOCK_S))[None, :]
             # [BLOCK_T, BLOCK_S]
             zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
             scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * (scale * LOG2_E)
             scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
-            weights = tl.math.exp2(scores - row_max[:, None])
+            weights = tl.math.exp2(scores - exponent[:, None])
             if phase == 0:
                 visible = visible_keys(
-                    visibility,
-                    batch,
-                    head,
-                    row,
-                    key,
-                    T,
-                    S,
-                    key_lo,
-                    key_hi,
-                    diagonal,
-                    BLOCK_T,
-                    BLOCK_S,
-                    False,
-                    WIDE,
+                    visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, False, WIDE
                 )
                 weights = tl.where(visible, weights, 0.0)
             d_weights = dot(d_out, tl.trans(v), zeros, DOT_PRECISION)
-            d_scores = weights * (softmax_weight[:, None] * d_weights - delta[:, None])
+            d_scores = weights * (sign * d_weights - delta[:, None])
             dq = dot(cast(d_scores, k.dtype), k, dq, DOT_PRECISION)
 
     if scale_dots_ptr is not None:

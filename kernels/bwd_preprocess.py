@@ -10,17 +10,19 @@ from .primitives import (
     CENTER,
     SKIP,
     SOFTMAX,
+    aligned_rows,
     cast,
     head_base,
     load_gain,
     load_tile,
+    softmax_sign,
     store_tile,
 )
 from .value_sums import visible_value_sum
-from .visibility import load_key_range
+from .visibility import load_bounds
 
 
-@triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "q_offset", "diagonal"])
+@triton.jit(do_not_specialize=["H", "T", "S", "q_offset", "diagonal"])
 def attention_bwd_preprocess_kernel(
     v_ptr,
     residual_ptr,
@@ -41,11 +43,11 @@ def attention_bwd_preprocess_kernel(
     residual_strides,
     d_out_strides,
     H,
-    GROUP,
     T,
     S,
     q_offset,
     diagonal,
+    GROUP: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -57,7 +59,8 @@ def attention_bwd_preprocess_kernel(
     WIDE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
-    tiles = tl.cdiv(T, BLOCK_T)
+    # Tiles past T too: the other kernels read their rows.
+    tiles = aligned_rows(T) // BLOCK_T
     pid = tl.program_id(0)
     pid_t = pid % tiles
     row = pid_t * BLOCK_T
@@ -74,14 +77,14 @@ def attention_bwd_preprocess_kernel(
 
     branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, BRANCH, head)
     softmax_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SOFTMAX, head)
+    sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, head)
     center_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, CENTER, head)
     v_base = head_base(v_ptr, batch, kv_head, v_strides)
 
     # [BLOCK_T]
     stats = row_stats_ptr + first_row + offs_t
-    row_max = tl.load(stats, mask=inside, other=-float("inf"))
-    inverse_normalizer = tl.load(stats + plane, mask=inside, other=0.0)
-    weight_sum = tl.load(stats + 2 * plane, mask=inside, other=0.0)
+    log2_normalizer = tl.load(stats, mask=inside, other=-float("inf"))
+    weight_sum = tl.load(stats + plane, mask=inside, other=0.0)
     inverse_weight_sum = tl.where(weight_sum > 0.0, 1.0 / tl.maximum(weight_sum, 1e-30), 0.0)
 
     # [BLOCK_T, BLOCK_DV]
@@ -97,22 +100,18 @@ def attention_bwd_preprocess_kernel(
                 center_ptr + first_row * DV, row, T, (DV, 1), DV, BLOCK_T, BLOCK_DV, True, WIDE
             )
         else:
-            key_lo, key_hi = load_key_range(visibility, batch, S)
+            bounds = load_bounds(visibility, batch, T, S, diagonal)
             sums_base = block_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * (
                 tl.cdiv(S, SUM_BLOCK) * DV
             )
             center = inverse_weight_sum[:, None] * visible_value_sum(
-                v_base,
+                (None, v_base, batch, kv_head, S, v_strides[2], v_strides[3]),
                 sums_base,
                 row,
-                T,
-                S,
-                key_lo,
-                key_hi,
-                diagonal,
-                v_strides[2:],
+                bounds,
                 DV,
                 BLOCK_T,
+                SUM_BLOCK,
                 BLOCK_DV,
                 SUM_BLOCK,
                 WIDE,
@@ -124,28 +123,29 @@ def attention_bwd_preprocess_kernel(
             softmax_part += center * inverse_weight_sum[:, None]
     # D of the formula: 1 for a prior whose rows sum to 1.
     prior_sum = tl.where(weight_sum > 0.0, 1.0, 0.0) if UNIFORM_PRIOR else weight_sum
-    softmax_gain = softmax_gain * prior_sum
 
     # The products with v see this rounding of d_out, so delta must see the same one.
     rounded = cast(d_out, v_ptr.dtype.element_ty).to(tl.float32)
     # [BLOCK_T]
     dots = tl.sum(rounded * softmax_part, 1)
     if prior_dots_ptr is not None:
-        # Gradient of D.
-        d_prior_sum = (
-            branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SOFTMAX, head) * dots
-        )
-        tl.store(prior_dots_ptr + first_row + offs_t, d_prior_sum, mask=inside)
-    delta = softmax_gain * dots
+        tl.store(prior_dots_ptr + first_row + offs_t, softmax_gain * dots, mask=inside)
+    # |b| of (10), or D alone where b is 0; a row without keys gets t = +inf, hence weight 0.
+    size = prior_sum * tl.where(sign == 0.0, 1.0, tl.abs(softmax_gain))
+    has_weight = size > 0.0
+    size = tl.where(has_weight, size, 1.0)
+    delta = sign * dots
     if d_lse_ptr is not None:
-        delta -= tl.load(d_lse_ptr + first_row + offs_t, mask=inside, other=0.0).to(tl.float32)
-    terms = row_terms_ptr + first_row + offs_t
-    # A row without keys gets maximum +inf: its weights are exp2(-inf) = 0.
-    tl.store(terms, tl.where(row_max == -float("inf"), float("inf"), row_max), mask=inside)
-    tl.store(terms + plane, softmax_gain * inverse_normalizer, mask=inside)
-    tl.store(terms + 2 * plane, delta * inverse_normalizer, mask=inside)
+        d_lse = tl.load(d_lse_ptr + first_row + offs_t, mask=inside, other=0.0).to(tl.float32)
+        delta -= d_lse / size
     center_weight = center_gain * (inverse_weight_sum if UNIFORM_PRIOR else 1.0)
-    tl.store(terms + 3 * plane, center_weight + tl.zeros((BLOCK_T,), tl.float32), mask=inside)
+    heads = tl.cast(tl.num_programs(0) // tiles, tl.int64)
+    terms_plane = heads * aligned_rows(T)
+    terms = row_terms_ptr + tl.cast(pid_bh, tl.int64) * aligned_rows(T) + offs_t
+    exponent = tl.where(has_weight, log2_normalizer - tl.math.log2(size), float("inf"))
+    tl.store(terms, exponent)
+    tl.store(terms + terms_plane, delta)
+    tl.store(terms + 2 * terms_plane, center_weight + tl.zeros((BLOCK_T,), tl.float32))
 
     if residual_ptr is not None or d_residual_ptr is not None:
         skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SKIP, head)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 MAX_HEAD_DIM = 256
 """Largest head dimension (D of q and k, Dv of v) that the Triton kernels take."""
@@ -22,8 +23,18 @@ KERNELS = ("forward", "preprocess", "dkdv", "dq", "dprior")
 class TileConfig:
     """Tile sizes and launch options of one kernel.
 
-    `block_t` query rows and `block_s` keys form one tile of scores. `sum_block` rows of v form one
-    entry of the block sums of v; it is the same for every kernel of a call.
+    Attributes:
+        block_t, block_s: query rows and keys of one tile of scores.
+        num_warps, num_stages: of a program, and of its pipeline of loads.
+        sum_block: rows of v in one entry of the block sums of v.
+        row_sums: of the forward: "packed" sums the rounded weights of a row as they are rounded,
+            "product" multiplies them by ones on the tensor cores.
+        use_descriptors: load tiles by tensor descriptors where hardware and tensor allow.
+        masked_stages: `num_stages` of the loop over blocks that need a mask where there is another
+            over those that need none; None for the same.
+        max_registers: per thread; None for as many as the compiler takes.
+        measured_on: the GPU on which these tiles were the fastest of a sweep. Only then may they
+            spill registers or serialise products.
     """
 
     block_t: int
@@ -31,6 +42,11 @@ class TileConfig:
     num_warps: int
     num_stages: int
     sum_block: int = 64
+    row_sums: str = "packed"
+    use_descriptors: bool = True
+    masked_stages: int | None = None
+    max_registers: int | None = None
+    measured_on: str = ""
 
 
 def padded_width(width: int) -> int:
@@ -67,53 +83,76 @@ def override_config(config: TileConfig) -> Iterator[None]:
         _override.reset(token)
 
 
-_INTERPRETER = TileConfig(block_t=32, block_s=32, num_warps=1, num_stages=1, sum_block=16)
+_INTERPRETER = TileConfig(32, 32, 1, 1, sum_block=16, use_descriptors=False)
 
-# (block_t, block_s, num_warps, num_stages[, sum_block]) by kernel and by the largest padded head
-# dimension that an entry serves; "weighed" for calls with a mask or a prior, "prior" for calls
-# with a prior where that needs smaller tiles. Each is the largest tile tried that compiles without
-# a spill, and without serialised wgmma, in every variant of the gate; speed is not measured yet.
-_Tiles = dict[str, dict[int, tuple[int, ...]]]
+# TileConfigs, or their first fields, by kernel and by the largest padded head dimension that an
+# entry serves; "weighed" for calls with a mask or a prior, "prior" for calls with a prior where
+# that needs smaller tiles, "plain" for calls without a centre. Unless it says on what it was
+# measured, an entry is the largest tile tried that compiles without a spill, and without serialised
+# wgmma, in every variant of the gate; its speed is not measured.
+_Tiles = dict[str, dict[int, TileConfig | tuple[int, ...]]]
 
 _SM80_16BIT: _Tiles = {
-    "forward": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "forward": {
+        64: TileConfig(128, 64, 8, 3, masked_stages=1),
+        128: (64, 64, 8, 2),
+        256: (32, 32, 8, 1),
+    },
     "forward weighed": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     "forward prior": {64: (64, 16, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
     "preprocess": {64: (128, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
     "dkdv": {64: (32, 128, 8, 1), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
     "dkdv weighed": {64: (32, 32, 4, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
-    "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "dq": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     "dq weighed": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     "dprior": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 16, 8, 1)},
 }
+_H100 = partial(TileConfig, masked_stages=1, measured_on="H100")
 _SM90_16BIT: _Tiles = {
-    "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
+    "forward": {
+        64: _H100(128, 64, 8, 3, row_sums="product", max_registers=128),
+        128: _H100(64, 64, 4, 3),
+        256: TileConfig(64, 64, 8, 2, masked_stages=1),
+    },
+    "forward plain": {128: _H100(128, 64, 8, 3, row_sums="product")},
     "forward weighed": {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
-    "forward prior": {64: (64, 32, 8, 2), 128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
+    "forward prior": {64: (64, 32, 8, 1), 128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
     "preprocess": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
-    "dkdv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
-    "dkdv weighed": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
-    "dkdv prior": {128: (16, 64, 8, 2)},
-    "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "dkdv": {
+        64: _H100(64, 64, 4, 2, max_registers=168),
+        128: _H100(64, 64, 4, 2),
+        256: TileConfig(32, 32, 8, 1, use_descriptors=False),
+    },
+    "dkdv weighed": {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
+    "dkdv prior": {64: (32, 64, 8, 2), 128: (16, 64, 8, 2)},
+    "dq": {
+        64: _H100(128, 64, 8, 3, max_registers=128),
+        128: _H100(128, 64, 8, 3, masked_stages=None),
+        256: (64, 32, 8, 2),
+    },
     "dq weighed": {64: (128, 64, 8, 3), 128: (128, 32, 8, 1), 256: (32, 32, 8, 1)},
-    "dq prior": {128: (128, 64, 8, 2)},
-    "dprior": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 16, 8, 1)},
+    "dq prior": {128: (128, 32, 8, 2)},
+    "dprior": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (32, 16, 8, 1)},
 }
 _SM100_16BIT: _Tiles = {
-    "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
+    "forward": {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
     "forward weighed": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     "forward prior": {64: (64, 32, 8, 2), 256: (16, 32, 8, 1)},
     # Tiles of 64 rows here make Triton 3.6 stop in TritonNvidiaGPUOptimizeTMemLayoutsPass.
     "preprocess": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
     "preprocess prior": {64: (32, 64, 8, 1)},
-    "dkdv": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
-    "dkdv weighed": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
-    "dq": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
-    "dq weighed": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
+    "dkdv": {
+        64: (32, 64, 4, 2),
+        128: TileConfig(32, 64, 8, 2, masked_stages=1),
+        256: (32, 64, 8, 1),
+    },
+    "dkdv weighed": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
+    "dq": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
+    "dq weighed": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
     "dprior": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
 }
 _GFX942_16BIT: _Tiles = {
-    "forward": {64: (128, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+    "forward": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
     "forward weighed": {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
     "forward prior": {256: (32, 16, 8, 1)},
     "preprocess": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
@@ -131,12 +170,14 @@ _CUDA_32BIT: _Tiles = {
     "dkdv weighed": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     "dq": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
     "dq weighed": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
-    "dprior": {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
+    "dprior": {64: (16, 32, 4, 2), 128: (16, 16, 4, 1), 256: (16, 16, 8, 2)},
 }
 # These keep the kernels free of spills there.
 _SM90_32BIT: _Tiles = _CUDA_32BIT | {
     "dq": _CUDA_32BIT["dq"] | {256: (16, 16, 8, 3)},
-    "dq weighed": _CUDA_32BIT["dq weighed"] | {256: (16, 16, 8, 3)},
+    "dq weighed": _CUDA_32BIT["dq weighed"] | {128: (16, 64, 8, 1), 256: (16, 16, 8, 3)},
+    "dq prior": {128: (16, 16, 8, 1)},
+    "forward weighed": _CUDA_32BIT["forward weighed"] | {256: (16, 16, 8, 2)},
     "dkdv prior": {64: (16, 32, 8, 2)},
     "dprior": _CUDA_32BIT["dprior"] | {128: (16, 16, 4, 1)},
 }
@@ -180,12 +221,14 @@ def pick_config(
     arch: int | str,
     *,
     weighed_by: str | None,
+    is_centered: bool = True,
 ) -> TileConfig:
     """Launch configuration of one kernel.
 
     kernel: one of KERNELS. itemsize: bytes per element of q, k, v (2 or 4). arch: compute
     capability as an integer (90), a gfx name, or "interpreter". weighed_by: "mask" or "prior"
     (other than the uniform one) where it weighs the keys one by one, which takes more registers.
+    is_centered: False for plain attention, which takes fewer.
     """
     override = _override.get()
     if override is not None:
@@ -194,9 +237,10 @@ def pick_config(
         return _INTERPRETER
     table = _TABLES[_table_of(arch), itemsize]
     width = max(64, block_width(max(head_dim, value_dim)))
-    suffixes = {None: ("",), "mask": (" weighed", ""), "prior": (" prior", " weighed", "")}
+    unweighed = ("",) if is_centered else (" plain", "")
+    suffixes = {None: unweighed, "mask": (" weighed", ""), "prior": (" prior", " weighed", "")}
     for suffix in suffixes[weighed_by]:
-        tiles = table.get(kernel + suffix, {})
-        if width in tiles:
-            return TileConfig(*tiles[width])
+        entry = table.get(kernel + suffix, {}).get(width)
+        if entry is not None:
+            return entry if isinstance(entry, TileConfig) else TileConfig(*entry)
     raise KeyError((kernel, width, arch))

@@ -12,8 +12,9 @@ import torch
 import triton
 from triton import knobs
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import TileConfig, overriding_config
+from .configs import TileConfig, block_width, overriding_config
 
 if TYPE_CHECKING:
     from .attention import Call
@@ -70,6 +71,13 @@ def dot_precision(dtype: torch.dtype, arch: int | str, head_dim: int, value_dim:
     return "tf32x3" if dtype == torch.float32 and isinstance(arch, int) and has_room else "ieee"
 
 
+def row_sums(config: TileConfig, dtype: torch.dtype, arch: int | str) -> str:
+    """How the forward sums rounded weights: ROW_SUMS of its kernel."""
+    if dtype == torch.float32 or (config.row_sums == "packed" and not isinstance(arch, int)):
+        return "cast"
+    return config.row_sums
+
+
 def needs_wide_index(config: TileConfig, *tensors: torch.Tensor | None) -> bool:
     """Whether an offset inside one tile may pass 2**31 - 1 elements.
 
@@ -83,6 +91,41 @@ def needs_wide_index(config: TileConfig, *tensors: torch.Tensor | None) -> bool:
         if extent > _INT32_MAX:
             return True
     return False
+
+
+class Descriptors:
+    """Makes the tensor descriptors of tensors of one signature, None for those without one.
+
+    tiles: a tensor (B, H, rows, columns) and the rows of one tile, for each. The hardware takes
+    16-bit elements here, 16-byte alignment, a last stride of 1 and strides of 16 bytes.
+    """
+
+    def __init__(
+        self, config: TileConfig, arch: int | str, *tiles: tuple[torch.Tensor, int]
+    ) -> None:
+        has_hardware = arch == "interpreter" or (isinstance(arch, int) and 90 <= arch < 120)
+        self.blocks = [
+            [1, 1, rows, block_width(tensor.shape[3])]
+            if has_hardware and config.use_descriptors and self._fits(tensor)
+            else None
+            for tensor, rows in tiles
+        ]
+
+    @staticmethod
+    def _fits(tensor: torch.Tensor) -> bool:
+        *strides, last = tensor.stride()
+        return (
+            tensor.element_size() == 2
+            and tensor.data_ptr() % 16 == 0
+            and last == 1
+            and all(stride > 0 and stride % 8 == 0 for stride in strides)
+        )
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[TensorDescriptor | None, ...]:
+        return tuple(
+            None if block is None else TensorDescriptor.from_tensor(tensor, block)
+            for tensor, block in zip(tensors, self.blocks, strict=True)
+        )
 
 
 class Launch:
@@ -104,6 +147,8 @@ class Launch:
             "num_stages": config.num_stages,
             "enable_fp_fusion": True,
         }
+        if config.max_registers is not None:
+            self.options["maxnreg"] = config.max_registers
         self.compiled = None
 
     def __call__(self, *varying: Any) -> None:

@@ -18,6 +18,10 @@ SKIP = tl.constexpr(3)
 BRANCH = tl.constexpr(4)
 SCALE = tl.constexpr(5)
 
+# Rows of a head in the numbers per row that the backward's kernels leave for each other: a multiple
+# of this, which every BLOCK_T divides, so that nothing need be masked.
+ROW_ALIGNMENT = tl.constexpr(128)
+
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
@@ -49,6 +53,14 @@ def load_gain(gains, strides, IS_TENSOR: tl.constexpr, GAIN: tl.constexpr, head)
         # A Python float is float64 in some launch paths.
         value = tl.full((), gains[GAIN], tl.float32)
     return value
+
+
+@triton.jit
+def softmax_sign(gains, gain_strides, IS_TENSOR: tl.constexpr, head):
+    """Sign of `branch_gain * softmax_gain` of one head, 0 where their size cannot be divided by."""
+    weight = load_gain(gains, gain_strides, IS_TENSOR, BRANCH, head)
+    weight *= load_gain(gains, gain_strides, IS_TENSOR, SOFTMAX, head)
+    return tl.where(tl.abs(weight) < 2.0**-100, 0.0, tl.where(weight > 0.0, 1.0, -1.0))
 
 
 @triton.jit
@@ -100,6 +112,28 @@ def load_tile(
 
 
 @triton.jit
+def load_rows(
+    matrix,
+    row,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """`load_tile` of a `matrix`, by a tensor descriptor, which clips by itself, where there is one.
+
+    matrix: descriptor of the whole (B, H, rows, columns) tensor or None; pointer to the matrix of
+    one head; batch; head; number of rows; the last two strides.
+    """
+    if matrix[0] is not None:
+        tile = matrix[0].load([matrix[2], matrix[3], row, 0]).reshape(ROWS, COLS)
+    else:
+        tile = load_tile(matrix[1], row, matrix[4], matrix[5:], WIDTH, ROWS, COLS, CHECK_ROWS, WIDE)
+    return tile
+
+
+@triton.jit
 def store_tile(
     base,
     row,
@@ -115,6 +149,12 @@ def store_tile(
     mask = (row + tl.arange(0, ROWS) < row_end)[:, None] & (tl.arange(0, COLS) < WIDTH)[None, :]
     pointers = tile_pointers(base, row, strides, ROWS, COLS, WIDE)
     tl.store(pointers, cast(tile, base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def aligned_rows(rows):
+    """`rows` rounded up to a multiple of ROW_ALIGNMENT."""
+    return tl.cdiv(rows, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 @triton.jit

@@ -8,8 +8,7 @@ import triton.language as tl
 
 from . import launch
 from .configs import TileConfig, block_width
-from .primitives import cast, dot, head_base, load_tile
-from .visibility import visible_in_range
+from .primitives import cast, dot, head_base, load_rows, load_tile
 
 _BLOCKS_AT_ONCE = tl.constexpr(16)
 
@@ -68,17 +67,13 @@ class ValueBlockSums:
 
 @triton.jit
 def visible_value_sum(
-    v_base,
+    v_rows,
     sums_base,
     row,
-    T,
-    S,
-    key_lo,
-    key_hi,
-    diagonal,
-    v_strides,
+    bounds,
     DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -89,7 +84,7 @@ def visible_value_sum(
     Blocks that every row sees come from the block sums; those at the edges of the visible range
     from a product with ones, which are exact in every dtype.
     """
-    offs_t = row + tl.arange(0, BLOCK_T)
+    T, S, key_lo, key_hi, diagonal = bounds
     offs_d = tl.arange(0, BLOCK_DV)
     end = tl.minimum(key_hi, tl.minimum(row + BLOCK_T, T) - 1 + diagonal)
     first = key_lo // SUM_BLOCK
@@ -109,12 +104,18 @@ def visible_value_sum(
     total = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32) + whole[None, :]
     head_edge = full - first
     tail_edge = tl.maximum(tl.cdiv(end, SUM_BLOCK) - full_end, 0)
-    for edge in tl.range(0, tl.where(end > key_lo, head_edge + tail_edge, 0)):
+    for edge in tl.range(0, tl.where(end > key_lo, head_edge + tail_edge, 0), num_stages=1):
         key = tl.where(edge < head_edge, first + edge, full_end + edge - head_edge) * SUM_BLOCK
         offs_s = key + tl.arange(0, SUM_BLOCK)
         # [SUM_BLOCK, BLOCK_DV]
-        v = load_tile(v_base, key, S, v_strides, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
+        if SUM_BLOCK == BLOCK_S:
+            v = load_rows(v_rows, key, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
+        else:
+            v = load_tile(v_rows[1], key, S, v_rows[5:], DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
+        # The first row that sees a key: a column of the tile is one thread's, and rows are many.
+        in_range = (offs_s >= key_lo) & (offs_s < key_hi)
+        from_row = tl.where(in_range, offs_s - diagonal - row + 1, BLOCK_T)
         # [BLOCK_T, SUM_BLOCK]
-        visible = visible_in_range(offs_t[:, None], offs_s[None, :], T, key_lo, key_hi, diagonal)
+        visible = tl.arange(0, BLOCK_T)[:, None] >= from_row[None, :]
         total = dot(cast(visible.to(tl.float32), v.dtype), v, total, DOT_PRECISION)
     return total

@@ -1,6 +1,7 @@
 """Which keys a tile of queries sees: the kernels' side of `shaped_attn.visibility`.
 
 Row i sees the keys of `[key_lo, key_hi)` below `i + diagonal` that a mask, if any, lets through.
+Inside a kernel `bounds` is the tuple of T, S, key_lo, key_hi and diagonal.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def visibility_arguments(visibility: Visibility) -> tuple:
 
 
 @triton.jit
-def load_key_range(visibility, batch, S):
-    """Keys `[key_lo, key_hi)` that one batch entry may see, inside `[0, S)`."""
+def load_bounds(visibility, batch, T, S, diagonal):
+    """`bounds` of one batch entry: sizes, keys `[key_lo, key_hi)` inside `[0, S)`, diagonal."""
     key_start_ptr = visibility[KEY_START]
     key_end_ptr = visibility[KEY_END]
     key_lo = 0
@@ -58,26 +59,18 @@ def load_key_range(visibility, batch, S):
     if key_end_ptr is not None:
         key_hi = tl.load(key_end_ptr + batch).to(tl.int64)
         key_hi = tl.minimum(tl.maximum(key_hi, 0), S).to(tl.int32)
-    return key_lo, key_hi
+    return T, S, key_lo, key_hi, diagonal
 
 
 @triton.jit
-def key_blocks(
-    row,
-    T,
-    key_lo,
-    key_hi,
-    diagonal,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    ALL_MASKED: tl.constexpr,
-):
+def key_blocks(row, bounds, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, ALL_MASKED: tl.constexpr):
     """Key blocks that the query rows `row .. row + BLOCK_T - 1` touch.
 
     Returns `first` (start of the first block), `full_end` (the blocks from first + BLOCK_S up to
     here are visible to every row) and `masked` (how many blocks need a mask: the first, then those
     from full_end on).
     """
+    T, S, key_lo, key_hi, diagonal = bounds
     end = tl.minimum(key_hi, tl.minimum(row + BLOCK_T, T) - 1 + diagonal)
     first = key_lo // BLOCK_S * BLOCK_S
     full_end = first + BLOCK_S
@@ -88,23 +81,22 @@ def key_blocks(
 
 
 @triton.jit
-def visible_in_range(rows, keys, T, key_lo, key_hi, diagonal):
+def visible_in_range(rows, keys, bounds):
     """Which `keys` the `rows` see without a mask; both are broadcast, in either orientation."""
-    return (rows < T) & (keys >= key_lo) & (keys < key_hi) & (keys < rows + diagonal)
+    T, S, key_lo, key_hi, diagonal = bounds
+    seen = tl.where(rows < T, tl.minimum(key_hi, rows + diagonal) - key_lo, 0)
+    # One comparison a score: keys before key_lo are large without a sign.
+    return (keys - key_lo).to(tl.uint32) < tl.maximum(seen, 0).to(tl.uint32)
 
 
 @triton.jit
 def visible_keys(
     visibility,
+    bounds,
     batch,
     head,
     row,
     key,
-    T,
-    S,
-    key_lo,
-    key_hi,
-    diagonal,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -119,42 +111,37 @@ def visible_keys(
         # [BLOCK_T, BLOCK_S]
         rows = index(BLOCK_T, WIDE)[:, None]
         keys = index(BLOCK_S, WIDE)[None, :]
-    visible = visible_in_range(row + rows, key + keys, T, key_lo, key_hi, diagonal)
+    visible = visible_in_range(row + rows, key + keys, bounds)
     if visibility[MASK] is not None:
         strides = visibility[MASK_STRIDES:KEY_START]
         base = head_base(visibility[MASK], batch, head, strides)
         row_stride = strides[2]
         key_stride = strides[3]
         origin = base + tl.cast(row, tl.int64) * row_stride + tl.cast(key, tl.int64) * key_stride
-        inside = (row + rows < T) & (key + keys < S)
+        inside = (row + rows < bounds[0]) & (key + keys < bounds[1])
         offsets = rows * row_stride + keys * key_stride
         visible = visible & (tl.load(origin + offsets, mask=inside, other=0) != 0)
     return visible
 
 
 @triton.jit
-def visible_count(rows, key, key_lo, key_hi, diagonal, BLOCK_S: tl.constexpr):
+def visible_count(rows, key, bounds, BLOCK_S: tl.constexpr):
     """How many of the keys `key .. key + BLOCK_S - 1` each of the `rows` sees without a mask."""
+    T, S, key_lo, key_hi, diagonal = bounds
     end = tl.minimum(tl.minimum(key_hi, rows + diagonal), key + BLOCK_S)
     return tl.maximum(end - tl.maximum(key_lo, key), 0).to(tl.float32)
 
 
 @triton.jit
 def query_blocks(
-    key,
-    T,
-    key_lo,
-    key_hi,
-    diagonal,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    ALL_MASKED: tl.constexpr,
+    key, bounds, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, ALL_MASKED: tl.constexpr
 ):
     """Query blocks that see some of the keys `key .. key + BLOCK_S - 1`.
 
     Returns `masked_from` and `full_from`, multiples of BLOCK_T: rows in between see some of these
     keys, rows from full_from on see all.
     """
+    T, S, key_lo, key_hi, diagonal = bounds
     in_range = (key < key_hi) & (key + BLOCK_S > key_lo)
     whole = (key >= key_lo) & (key + BLOCK_S <= key_hi)
     masked_from = tl.minimum(tl.maximum(tl.maximum(key, key_lo) + 1 - diagonal, 0), T)

@@ -175,7 +175,7 @@ def _attention_fake(*tensors: Tensor | None, save_for_backward: bool = True, **o
         is_weighed = visibility.attn_mask is not None or table is not None
         excess = (*rows, padded_width(v.shape[3]))
         center = excess if is_weighed and not is_zero(gains.center) else (0,)
-        row_stats = (3, *rows)
+        row_stats = (2, *rows)
     return (
         q.new_empty((*rows, v.shape[3]), dtype=output_dtype(q, residual)),
         q.new_empty(rows, dtype=accumulation_dtype(q.dtype)),

@@ -7,6 +7,7 @@ import pytest
 
 from shaped_attn.kernels import configs
 from shaped_attn.kernels.configs import TileConfig, override_config, pick_config
+from shaped_attn.kernels.primitives import ROW_ALIGNMENT
 
 
 @pytest.mark.parametrize("arch", [*configs.ARCHITECTURES, 75, 86, 89, 103, 120, "gfx950"])
@@ -16,6 +17,7 @@ def test_every_supported_call_has_a_configuration(arch, itemsize):
     weighings = (None, "mask", "prior")
     for kernel, D, DV, weighed_by in itertools.product(configs.KERNELS, dims, dims, weighings):
         tiles = pick_config(kernel, D, DV, itemsize, arch, weighed_by=weighed_by)
+        assert ROW_ALIGNMENT.value % tiles.block_t == 0
         # A product takes at least 16 of each, and tiles are powers of two.
         for size in (tiles.block_t, tiles.block_s, tiles.sum_block):
             assert size >= 16 and size & (size - 1) == 0
@@ -43,6 +45,7 @@ def test_length_is_not_a_key():
         "itemsize",
         "arch",
         "weighed_by",
+        "is_centered",
     ]
 
 
