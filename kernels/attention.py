@@ -65,9 +65,10 @@ class ForwardResult(NamedTuple):
     out (B, H, T, Dv), in the dtype of the residual, or of q without one, and lse (B, H, T) float32
     are the results. The others are for the backward, None to a family and empty in the end unless
     saved, and their Dv is padded: excess (B, H, T, Dv), dtype of q, is the centred softmax part Z,
-    or the softmax part itself when nothing is centred; center (B, H, T, Dv) float32 is the centre,
-    kept only where a mask or a prior weighs the keys; row_stats (2, B, H, T) float32 holds
-    m + log2 l of (6) and the sum of weights (n, or D of a prior).
+    or the softmax part itself when nothing is centred, in float32 if it has a prior; center
+    (B, H, T, Dv) float32 is the centre, kept only where a mask or a prior weighs the keys;
+    row_stats (2, B, H, T) float32 holds m + log2 l of (6) and the sum of weights (n, or D of a
+    prior).
     """
 
     out: torch.Tensor
@@ -177,7 +178,9 @@ def attention_fwd(
     lse = _empty(q, rows)
     excess = center = row_stats = None
     if save_for_backward:
-        excess = _empty(q, value_rows, q.dtype)
+        # Under a prior near the identity the softmax part is nearly v_p(i), and (13) a difference.
+        is_whole = call.weighed_by == "prior" and not call.is_centered
+        excess = _empty(q, value_rows, torch.float32 if is_whole else q.dtype)
         row_stats = _empty(q, (2, *rows))
         if call.is_centered and call.weighed_by is not None:
             center = _empty(q, value_rows)

@@ -122,6 +122,10 @@ def attention_fwd_kernel(
 ):
     # Keys per row are known in closed form unless a mask or a prior weighs them one by one.
     WEIGHED: tl.constexpr = (visibility[MASK] is not None) or (not UNIFORM_PRIOR)
+    # A rounded diagonal near 1 would drown the rest of its row.
+    IN_TWO: tl.constexpr = (CENTERED and (not UNIFORM_PRIOR)) and (
+        v_ptr.dtype.element_ty != tl.float32
+    )
     tiles = tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
     if overflow_ptr is not None:
@@ -190,7 +194,11 @@ def attention_fwd_kernel(
             at_zero = TIMES_PRIOR(ones, positions, keys, key_lo, head, prior)
             tile_sum = count if UNIFORM_PRIOR else tl.sum(at_zero, 1)
             if CENTERED:
-                value_sum = dot(cast(at_zero, v.dtype), v, value_sum, DOT_PRECISION)
+                rounded = cast(at_zero, v.dtype)
+                value_sum = dot(rounded, v, value_sum, DOT_PRECISION)
+                if IN_TWO:
+                    rest = cast(at_zero - rounded.to(tl.float32), v.dtype)
+                    value_sum = dot(rest, v, value_sum, DOT_PRECISION)
         else:
             count = visible_count(offs_t, key, bounds, BLOCK_S)
             tile_sum = count
@@ -208,13 +216,18 @@ def attention_fwd_kernel(
                 at_reference = ADD_LOG2_PRIOR(
                     reference_log2[:, None] + zeros, positions, keys, key_lo, head, prior
                 )
-                at_reference = tl.math.exp2(at_reference - row_max[:, None])
+                # A finite maximum: where A0 is 0 so far, both are -inf.
+                at_reference = tl.math.exp2(at_reference - tl.maximum(row_max, -1e30)[:, None])
                 at_reference = tl.where(visible, at_reference, 0.0)
                 reference += tl.sum(at_reference, 1)
                 weights -= at_reference
         weight_sum += tile_sum
         rounded, sums = round_and_sum(weights, sums, v.dtype, ROW_SUMS)
         acc = dot(rounded, v, acc, DOT_PRECISION)
+        if IN_TWO:
+            rest = weights - rounded.to(tl.float32)
+            rest, sums = round_and_sum(rest, sums, v.dtype, ROW_SUMS)
+            acc = dot(rest, v, acc, DOT_PRECISION)
 
     if not WEIGHED:
         # Blocks that every row sees whole.

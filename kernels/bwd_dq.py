@@ -115,14 +115,15 @@ def attention_bwd_dq_kernel(
             # [1, BLOCK_S]
             keys = (key + tl.arange(0, BLOCK_S))[None, :]
             # [BLOCK_T, BLOCK_S]
+            if phase == 0:
+                visible = visible_keys(
+                    visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, False, WIDE
+                )
             zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
             scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * (scale * LOG2_E)
             scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
             weights = tl.math.exp2(scores - exponent[:, None])
             if phase == 0:
-                visible = visible_keys(
-                    visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, False, WIDE
-                )
                 weights = tl.where(visible, weights, 0.0)
             d_weights = dot(d_out, tl.trans(v), zeros, DOT_PRECISION)
             d_scores = weights * (sign * d_weights - delta[:, None])

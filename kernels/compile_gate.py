@@ -296,12 +296,16 @@ def _needs_wgmma(row: Row) -> bool:
     """Whether a row's tile has the 64 rows that one wgmma takes.
 
     At D = 256 two accumulators of 64 rows do not fit the registers: the backward and the forward
-    of weighed keys use smaller tiles there, and float32 has no wgmma at full precision.
+    of weighed keys use smaller tiles there, and at D = 128 the forward with a prior, which has two
+    products more. float32 has no wgmma at full precision.
     """
     if row.arch != "90" or row.dtype == "fp32" or row.kernel not in _PRODUCTS:
         return False
     is_forward = row.kernel.startswith("forward")
-    return row.head_dim <= 128 or (is_forward and row.variant in ("shaped", "plain"))
+    if is_forward and row.variant in ("shaped", "plain"):
+        return True
+    has_prior = row.variant not in ("shaped", "plain", "masked")
+    return row.head_dim <= (64 if is_forward and has_prior else 128)
 
 
 def compile_all(selected: list[Case] | None = None, processes: int | None = None) -> list[Row]:

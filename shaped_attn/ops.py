@@ -171,15 +171,18 @@ def _attention_fake(*tensors: Tensor | None, save_for_backward: bool = True, **o
     gains, visibility, table = _checked(inputs, options)
     rows = tuple(q.shape[:3])
     excess = center = row_stats = (0,)
+    excess_dtype = q.dtype
     if save_for_backward and _uses_kernels(q):
         is_weighed = visibility.attn_mask is not None or table is not None
         excess = (*rows, padded_width(v.shape[3]))
         center = excess if is_weighed and not is_zero(gains.center) else (0,)
+        if table is not None and is_zero(gains.center):
+            excess_dtype = torch.float32
         row_stats = (2, *rows)
     return (
         q.new_empty((*rows, v.shape[3]), dtype=output_dtype(q, residual)),
         q.new_empty(rows, dtype=accumulation_dtype(q.dtype)),
-        q.new_empty(excess),
+        q.new_empty(excess, dtype=excess_dtype),
         q.new_empty(center, dtype=torch.float32),
         q.new_empty(row_stats, dtype=torch.float32),
     )

@@ -58,6 +58,10 @@ OPCHECK_CALLS = {
         {"prior": lambda device: USPA(0.1, 0.5).table(20, device).values},
         {"is_causal": True, "prior_form": "column"},
     ),
+    "plain_prior": (
+        {"prior": lambda device: USPA(0.1, 0.5).table(20, device).values},
+        {"is_causal": True, "prior_form": "column", "fixed_center_gain": 0.0},
+    ),
     "dense_prior": ({"prior": lambda device: torch.randn(20, 20).to(device)}, {}),
     "inference": ({}, {"save_for_backward": False}),
 }
