@@ -1,5 +1,6 @@
 # `demo` and `test` each make a fresh virtual environment of their own; nothing else is needed.
-# `gpu` uses PYTHON as it is, which must have torch, Triton, pytest, pytest-xdist and hypothesis.
+# `gpu` uses PYTHON as it is, which must have torch, Triton, pytest, pytest-xdist, pytest-benchmark
+# and hypothesis.
 # The other targets use the environment that `test` left, and make it if it is not there.
 #
 #   PYTHON=python3.12       the interpreter that makes the environments
@@ -26,7 +27,7 @@ $(1)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt $(2)
 touch $(1)/ready
 endef
 
-.PHONY: help demo test test-all gpu lint check compile-table wheel clean
+.PHONY: help demo test test-all bench gpu lint check compile-table wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -43,7 +44,10 @@ test:  ## install into a fresh environment, run the tests that are not slow
 test-all: | $(TEST_VENV)/ready  ## run every test
 	$(TEST_VENV)/bin/pytest $(PYTEST_FLAGS)
 
-gpu:  ## run the tests of the operator on this machine's GPU, write a report as JSON
+bench: | $(TEST_VENV)/ready  ## time the operator beside its peers, small on a CPU
+	$(TEST_VENV)/bin/pytest bench
+
+gpu:  ## test the operator on this machine's GPU and time it, in 5 minutes; write reports as JSON
 	$(PYTHON) tests/run_on_gpu.py
 
 $(TEST_VENV)/ready:

@@ -38,6 +38,34 @@ def test_is_left_out():
 """
 
 
+# A benchmark of which two cases end the process, one of them by the watchdog.
+BENCHMARK = """
+import os, signal
+import pytest
+
+@pytest.fixture(autouse=True)
+def only_when_timed(is_compile_only):
+    if is_compile_only:
+        pytest.skip("compiled")
+
+def test_first(benchmark):
+    benchmark.pedantic(lambda: None)
+
+def test_crashes(benchmark):
+    os._exit(7)
+
+def test_hangs(benchmark):
+    signal.pause()
+
+def test_is_wrong(benchmark):
+    assert 1 == 2, "what went wrong"
+
+def test_last(benchmark):
+    benchmark.pedantic(lambda: None)
+"""
+BENCH_CONFTEST = SCRIPT.parents[1] / "bench" / "conftest.py"
+
+
 @pytest.fixture
 def runner():
     spec = importlib.util.spec_from_file_location("run_on_gpu", SCRIPT)
@@ -54,7 +82,7 @@ def record(tmp_path):
 
 
 def test_without_a_gpu_it_says_what_it_needs(tmp_path):
-    output = tmp_path / "report.json"
+    output = tmp_path / "reports"
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--output", str(output)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
@@ -95,3 +123,33 @@ def test_at_the_limit_the_report_names_what_did_not_finish(runner, record, tmp_p
     ]
     report = runner.summarize(lines)
     assert (report["passed"], report["not_finished"]) == (1, ["a.py::two"])
+
+
+def test_the_benchmark_goes_on_after_a_crash_and_a_hang(runner, monkeypatch, tmp_path):
+    (tmp_path / "conftest.py").write_text(
+        "from importlib import util\n"
+        f"spec = util.spec_from_file_location('bench_conftest', {str(BENCH_CONFTEST)!r})\n"
+        "module = util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "globals().update({k: x for k, x in vars(module).items() if not k.startswith('__')})\n"
+    )
+    file = tmp_path / "bench_endings.py"
+    file.write_text(BENCHMARK)
+    record = tmp_path / "speed.json"
+    monkeypatch.setattr(runner, "CASE_SECONDS", 1)
+    note = runner.measure_speed(record, limit=300, processes=1, suite=[str(file)])
+    assert note == ""
+    report = json.loads(record.read_text())
+
+    def names(nodeids):
+        return [nodeid.split("::")[1] for nodeid in nodeids]
+
+    fullnames = [entry["fullname"] for entry in report["benchmarks"]]
+    assert names(fullnames) == ["test_first", "test_last"]
+    assert names(report["not_finished"]) == ["test_crashes", "test_hangs"]
+    assert names(report["failures"]) == ["test_is_wrong"]
+    assert "what went wrong" in next(iter(report["failures"].values()))
+    assert (report["running"], report["to_do"]) == (None, 0)
+    said = "\n".join(runner.summarize_speed(record))
+    for part in ("2 times", "FAILED", "test_is_wrong", "not finished", "test_hangs"):
+        assert part in said
