@@ -14,7 +14,7 @@ import peers
 import pytest
 import timing
 import torch
-from cases import CPU_CASES, GPU_CASES, PASSES, AttentionCase
+from cases import CPU_CASES, GPU_CASES, GRAPH_LENGTH, PASSES, AttentionCase
 from timing import Step
 
 from shaped_attn.testing import Case
@@ -129,8 +129,13 @@ def test_attention(case, which, benchmark, entry_of, stopwatch, ceilings, is_com
     ours = steps.pop("ours")
     with torch.compiler.set_stance("fail_on_recompile"):
         seconds = timing.race(benchmark, stopwatch, ours, steps, entry.plain)
-    if benchmark.disabled:
-        return
+        if benchmark.disabled:
+            return
+        steps = {"ours": ours, **steps}
+        graphs = {}
+        # A graph of the backward alone would hold the forward before it too.
+        if ceilings and which != "backward" and case.sizes.queries <= GRAPH_LENGTH:
+            graphs = {name: timing.graph_ms(stopwatch, step) for name, step in steps.items()}
     benchmark.group = "attention"
     benchmark.extra_info |= {
         "case": case.id,
@@ -143,8 +148,10 @@ def test_attention(case, which, benchmark, entry_of, stopwatch, ceilings, is_com
     }
     if ceilings:
         benchmark.extra_info |= of_ceilings(benchmark.extra_info["times"]["ours"], ceilings)
-        peaks = {name: timing.peak_bytes(step) for name, step in (("ours", ours), *steps.items())}
+        peaks = {name: timing.peak_bytes(step) for name, step in steps.items()}
         benchmark.extra_info |= memory(peaks)
+    if graphs:
+        benchmark.extra_info["graph_ms"] = graphs
 
 
 def visible_pairs(sizes: Case) -> int:

@@ -19,6 +19,9 @@ os.environ.setdefault(
     ),
 )
 
+# Its pool of processes would run beside what is timed, and beside that of every worker of xdist.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import results  # noqa: E402
 import timing  # noqa: E402
 from cases import PASSES  # noqa: E402

@@ -78,19 +78,6 @@ class Stopwatch:
             self.seconds(step)
         return min(steps, key=lambda name: min(self.seconds(steps[name]) for _ in range(WARM_UP)))
 
-    def graph_seconds(self, step: Step, replays: int = 10) -> float:
-        """Median time of the step's kernels alone: replayed from a CUDA graph, no host between."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step.run(step.prepare())
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step.run(step.prepare())
-        replay = Step(lambda _: graph.replay())
-        return statistics.median(self.seconds(replay) for _ in range(WARM_UP + replays))
-
 
 def race(
     benchmark, stopwatch: Stopwatch, ours: Step, peers: Mapping[str, Step], yardsticks: Collection
@@ -126,6 +113,26 @@ def summary(times: list[float]) -> dict[str, float]:
     cuts = statistics.quantiles(times, n=5, method="inclusive")
     named = {"median_ms": statistics.median(times), "p20_ms": cuts[0], "p80_ms": cuts[-1]}
     return {name: float(f"{1e3 * value:.5g}") for name, value in named.items()}
+
+
+def graph_ms(stopwatch: Stopwatch, step: Step, replays: int = 10) -> float | str:
+    """Median time of a step replayed from a CUDA graph: its kernels, without the host.
+
+    A step that cannot be captured gives the reason instead.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            step.run(step.prepare())
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            step.run(step.prepare())
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    replay = Step(lambda _: graph.replay())
+    times = [stopwatch.seconds(replay) for _ in range(WARM_UP + replays)][WARM_UP:]
+    return float(f"{1e3 * statistics.median(times):.5g}")
 
 
 def peak_bytes(step: Step) -> int:

@@ -171,7 +171,10 @@ def measure_speed(record: Path, limit: float, processes: int, suite: list[str]) 
     deadline = time.monotonic() + limit
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *suite]
     # Processes on all cores fill the compilers' caches, which one process alone then reads.
-    run([*pytest, "--compile-only", "-n", str(processes)], min(COMPILE_SECONDS, limit))
+    run(
+        [*pytest, "--compile-only", "-n", str(processes), "--dist", "worksteal"],
+        min(COMPILE_SECONDS, limit),
+    )
     while (left := deadline - time.monotonic()) > 0:
         status, log = run(
             [*pytest, "--record", str(record), "--watchdog", str(CASE_SECONDS)], limit=left
