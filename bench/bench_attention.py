@@ -128,7 +128,7 @@ def test_attention(case, which, benchmark, entry_of, stopwatch, ceilings, is_com
         steps[composition] = entry.step(entry.composition(base), which)
     ours = steps.pop("ours")
     with torch.compiler.set_stance("fail_on_recompile"):
-        seconds = timing.race(benchmark, stopwatch, ours, steps, entry.plain)
+        seconds = timing.race(benchmark, "attention", stopwatch, ours, steps, entry.plain)
         if benchmark.disabled:
             return
         steps = {"ours": ours, **steps}
@@ -136,7 +136,6 @@ def test_attention(case, which, benchmark, entry_of, stopwatch, ceilings, is_com
         # A graph of the backward alone would hold the forward before it too.
         if ceilings and which != "backward" and case.sizes.queries <= GRAPH_LENGTH:
             graphs = {name: timing.graph_ms(stopwatch, step) for name, step in steps.items()}
-    benchmark.group = "attention"
     benchmark.extra_info |= {
         "case": case.id,
         "set": case.set,

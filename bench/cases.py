@@ -126,3 +126,34 @@ def _by_id(cases: Iterator[AttentionCase]) -> dict[str, AttentionCase]:
 
 GPU_CASES = _by_id(_gpu_cases())
 CPU_CASES = _by_id(_cpu_cases())
+
+
+class ModelCase(NamedTuple):
+    """Sizes of a `ShapedBlock`, or of the `ShapedTransformer` that a training step is taken of."""
+
+    batch: int
+    length: int
+    width: int
+    heads: int
+    depth: int
+    dtype: torch.dtype
+    vocab_size: int = 256
+
+    @property
+    def id(self) -> str:
+        """Name of the case, such as ``B4-T2048-N1024-H16-L12``."""
+        return f"B{self.batch}-T{self.length}-N{self.width}-H{self.heads}-L{self.depth}"
+
+
+GPU_MODEL_CASES = (
+    ModelCase(8, 2048, 1024, 16, 12, torch.bfloat16, 50_257),
+    ModelCase(4, 4096, 2048, 16, 8, torch.bfloat16, 50_257),
+)
+CPU_MODEL_CASES = (ModelCase(2, 128, 64, 4, 1, torch.float32),)
+
+SDE_BLOCKS = {
+    "attention-full": {"mlp": False},
+    "attention-causal": {"mlp": False, "is_causal": True},
+    "block-full": {},
+}
+SDE_TOKENS, SDE_PATHS, SDE_STEPS = (4, 8), 512, 2

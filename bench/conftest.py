@@ -27,6 +27,8 @@ import timing  # noqa: E402
 from cases import PASSES  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    torch.set_num_threads(1)  # ratios that hold on machines with other work, and other cores
 
 
 def pytest_addoption(parser):

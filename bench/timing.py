@@ -80,12 +80,18 @@ class Stopwatch:
 
 
 def race(
-    benchmark, stopwatch: Stopwatch, ours: Step, peers: Mapping[str, Step], yardsticks: Collection
+    benchmark,
+    group: str,
+    stopwatch: Stopwatch,
+    ours: Step,
+    peers: Mapping[str, Step],
+    yardsticks: Collection[str],
 ) -> dict[str, list[float]]:
     """Time a step and its peers in turn, and give pytest-benchmark the ratio of each round.
 
     Returns the seconds of every round by name, those of the step as "ours".
     """
+    benchmark.group = group
     seconds: dict[str, list[float]] = {}
 
     def run_peers() -> None:
