@@ -46,7 +46,7 @@ class Entry:
                 self._run_once(candidate)
             except peers.NotHere as reason:
                 self.left_out[name] = str(reason)
-            except (AssertionError, RuntimeError) as error:  # wrong, or refused by its own checks
+            except Exception as error:  # wrong, or refused by its own checks
                 self.left_out[name] = f"{type(error).__name__}: {error}"[:500]
             else:
                 self.candidates[name] = candidate
@@ -139,8 +139,9 @@ def test_attention(case, which, benchmark, entry_of, stopwatch, ceilings, is_com
     benchmark.extra_info |= {
         "case": case.id,
         "set": case.set,
-        "length": case.sizes.queries,
+        "form": case.form,
         "pass": which,
+        **sizes_of(case),
         "left_out": entry.left_out,
         "times": describe(case, which, seconds),
         **ratios(seconds, entry.plain, composition),
@@ -151,6 +152,20 @@ def test_attention(case, which, benchmark, entry_of, stopwatch, ceilings, is_com
         benchmark.extra_info |= memory(peaks)
     if graphs:
         benchmark.extra_info["graph_ms"] = graphs
+
+
+def sizes_of(case: AttentionCase) -> dict[str, Any]:
+    """What a report sorts cases by."""
+    sizes = case.sizes
+    return {
+        "batch": sizes.batch,
+        "heads": sizes.heads,
+        "kv_heads": sizes.kv_heads,
+        "length": sizes.queries,
+        "head_dim": sizes.head_dim,
+        "is_causal": sizes.is_causal,
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+    }
 
 
 def visible_pairs(sizes: Case) -> int:

@@ -35,8 +35,8 @@ CPU_PEERS = ("sdpa", "eager")
 class AttentionCase(NamedTuple):
     """One case: sizes, a row of `FORMS`, the peers beside it and the set it belongs to.
 
-    The set is "gates" (what `make gpu` runs, and a gate may be asked of), "default" or "extended"
-    on a GPU, and "cpu".
+    The set is "gates" (what `make gpu` runs, and gates are asked of), "default" or "extended"
+    (which only runs when it is asked for).
     """
 
     sizes: Case
@@ -114,7 +114,18 @@ def _cpu_cases() -> Iterator[AttentionCase]:
         sizes = Case(
             1, 4, kv_heads, 256, head_dim=32, is_causal=is_causal, residual_dtype=residual_dtype
         )
-        yield AttentionCase(sizes, form, CPU_PEERS, "cpu")
+        yield AttentionCase(sizes, form, CPU_PEERS)
+    for length in (1024, 2048, 4096):
+        for is_causal in (True, False):
+            sizes = Case(
+                1,
+                8,
+                queries=length,
+                head_dim=64,
+                is_causal=is_causal,
+                residual_dtype=torch.float32,
+            )
+            yield AttentionCase(sizes, "fixed", CPU_PEERS, "extended")
 
 
 def _by_id(cases: Iterator[AttentionCase]) -> dict[str, AttentionCase]:

@@ -47,33 +47,42 @@ def sources() -> str:
 
 
 class Recorder:
-    """Plugin of pytest: keeps a JSON file up to date, and leaves out what it already has.
+    """Plugin of pytest: keeps a JSON file up to date, and goes on where it stopped.
 
-    The file is of one state of the sources and one machine. One of another is not continued but
-    renamed.
+    What the file has is left out, unless that is all that was asked for: then it is measured anew.
+    A file that is not continued, such as one of other sources or another machine, is renamed.
     """
 
     def __init__(self, config, path: Path) -> None:
         self.config = config
         self.path = path
-        key = {"sources": sources(), "device": device_folder().name}
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else key
-        if any(found.get(name) != value for name, value in key.items()):
-            path.rename(path.with_name(f"{path.stem}_{found.get('sources', 'old')}{path.suffix}"))
-            found = key
-        self.report: dict[str, Any] = {
-            **key,
+        self.key = {"sources": sources(), "device": device_folder().name}
+        if path.exists():
+            self.report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if any(self.report.get(name) != value for name, value in self.key.items()):
+                self.start_anew()
+            elif self.report["running"]:  # the process ended in it
+                self.report["not_finished"].append(self.report["running"])
+                self.report["running"] = None
+        else:
+            self.start_anew()
+
+    def start_anew(self) -> None:
+        """Begin an empty report; a file that is there gets the date of its last result."""
+        if self.path.exists():
+            date = re.sub(r"[:.+]", "-", self.report.get("datetime", "undated"))
+            self.path.rename(self.path.with_name(f"{self.path.stem}_{date}{self.path.suffix}"))
+        self.report = {
+            **self.key,
             "version": pytest_benchmark.__version__,
-            "commit_info": config.hook.pytest_benchmark_generate_commit_info(config=config),
+            "commit_info": self.config.hook.pytest_benchmark_generate_commit_info(
+                config=self.config
+            ),
             "benchmarks": [],
             "failures": {},
             "not_finished": [],
             "running": None,
-            **found,
         }
-        if self.report["running"]:  # the process ended in it
-            self.report["not_finished"].append(self.report["running"])
-            self.report["running"] = None
 
     def save(self) -> None:
         """Replace the file as a whole."""
@@ -89,6 +98,9 @@ class Recorder:
     def pytest_collection_modifyitems(self, config, items) -> None:
         done = {entry["fullname"] for entry in self.report["benchmarks"]}
         done |= {*self.report["failures"], *self.report["not_finished"]}
+        if all(item.nodeid in done for item in items):
+            self.start_anew()
+            done = set()
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
         items[:] = [item for item in items if item.nodeid not in done]
         self.report["to_do"] = len(items)

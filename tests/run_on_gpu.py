@@ -181,9 +181,11 @@ def measure_speed(record: Path, limit: float, processes: int, suite: list[str]) 
         )
         if status is None:
             break
-        is_written = record.exists()
-        if not is_written or not json.loads(record.read_text(encoding="utf-8"))["running"]:
-            return "" if is_written else f"the benchmark did not start: {log[-2000:]}"
+        if not record.exists():
+            return f"the benchmark did not start: {log[-2000:]}"
+        report = json.loads(record.read_text(encoding="utf-8"))
+        if not report["running"] or report["to_do"] == 1:
+            return ""
     return "the benchmark reached its limit; run it again to go on"
 
 
@@ -207,7 +209,12 @@ def summarize_speed(record: Path) -> list[str]:
         if not gate["met"]
     ]
     lines += [f"FAILED {name}" for name in report["failures"]]
-    lines += [f"not finished: {name}" for name in report["not_finished"]]
+    not_finished = [*report["not_finished"], report["running"]]
+    lines += [f"not finished: {name}" for name in not_finished if name]
+    left_out = {}
+    for entry in report["benchmarks"]:
+        left_out |= entry["extra_info"].get("left_out", {})
+    lines += [f"left out {name}: {reason}" for name, reason in left_out.items()]
     return lines
 
 

@@ -1,10 +1,10 @@
 """Real networks against the covariance SDE at the end of depth, depth = width.
 
-``python bench/end_of_depth.py`` draws every weight of every network and writes one JSON file for
-each case as it is done; cases that have a file are skipped, so that an interrupted run goes on. At
-the default width of 256 it takes an hour or more on one core, ``--head-dim 64`` somewhat less.
-``--samples`` keeps the networks' covariances too, and takes those that are there instead of
-simulating them again.
+``python examples/studies/end_of_depth.py`` draws every weight of every network and writes one JSON
+file for each case as it is done; cases that have a file are skipped, so that an interrupted run
+goes on. At the default width of 256 it takes an hour or more on one core, ``--head-dim 64``
+somewhat less. ``--samples`` keeps the networks' covariances too, and takes those that are there
+instead of simulating them again.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--method", choices=("network", "chain"), default="network")
     parser.add_argument("--cases", nargs="*", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--repetition", type=int, default=0, help="> 0: with other seeds")
-    parser.add_argument("--output", type=Path, default=Path("bench/results/cpu/end_of_depth"))
+    parser.add_argument("--output", type=Path, default=Path("examples/studies/end_of_depth"))
     parser.add_argument("--samples", type=Path, help="folder for the networks' covariances")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

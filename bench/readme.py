@@ -1,0 +1,57 @@
+"""Write the tables and the figure of speed into README.md, from the committed results.
+
+Run ``python bench/readme.py`` after a result has changed. What lies between two marks is replaced;
+a device without a result, and every case that it lacks, is `not yet measured`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from shaped_attn import plots, speed
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path("bench/results")
+KINDS = ((64, "causal"), (64, "full"), (128, "causal"), (128, "full"))
+LENGTHS = {"gpu": (512, 1024, 4096, 16384), "cpu": (1024, 2048, 4096)}
+FILE = "speed.json"
+
+
+def section(root: Path, name: str) -> str:
+    """What stands between the marks of "cpu" or "gpu", and the figure beside its results."""
+    files = sorted((root / RESULTS).glob(f"*/{FILE}"))
+    files = [path for path in files if (path.parent.name == "cpu") == (name == "cpu")]
+    kinds = KINDS[:2] if name == "cpu" else KINDS
+    if not files:
+        return f"{speed.NOT_MEASURED.capitalize()}."
+    parts = []
+    for path in files:
+        report = speed.load(path)
+        figure = plots.save(speed.plot(report), path.with_suffix(".svg"))
+        parts += [
+            f"{report.describe()} ([all numbers]({path.relative_to(root)})):",
+            speed.markdown(report, LENGTHS[name], kinds),
+            f"![TFLOP/s over T on {report.device}]({figure.relative_to(root)})",
+        ]
+        if report.gates:
+            met = sum(gate["met"] for gate in report.gates)
+            parts.insert(-1, f"Of {len(report.gates)} bounds that `make gpu` asks, {met} are met.")
+    return "\n\n".join(parts)
+
+
+def update(root: Path) -> None:
+    """Replace the sections of README.md."""
+    path = root / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for name in LENGTHS:
+        begin, end = f"<!-- speed of the {name}: python bench/readme.py -->\n", "<!-- end -->"
+        found = re.search(f"{re.escape(begin)}(.*?){re.escape(end)}", text, re.DOTALL)
+        if found is None:
+            raise ValueError(f"{path} must have the marks {begin!r} and {end!r}. Put them back.")
+        text = f"{text[: found.start()]}{begin}\n{section(root, name)}\n\n{text[found.end(1) :]}"
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    update(ROOT)
