@@ -15,24 +15,28 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("bench/results")
 KINDS = ((64, "causal"), (64, "full"), (128, "causal"), (128, "full"))
 LENGTHS = {"gpu": (512, 1024, 4096, 16384), "cpu": (1024, 2048, 4096)}
-FILE = "speed.json"
+FIGURE = ".png"  # an SVG has other identifiers every time
+
+
+def results(root: Path) -> list[Path]:
+    """The files of all devices, each with its figure beside it."""
+    return sorted((root / RESULTS).glob("*/speed.json"))
 
 
 def section(root: Path, name: str) -> str:
-    """What stands between the marks of "cpu" or "gpu", and the figure beside its results."""
-    files = sorted((root / RESULTS).glob(f"*/{FILE}"))
-    files = [path for path in files if (path.parent.name == "cpu") == (name == "cpu")]
+    """What stands between the marks of "cpu" or "gpu"."""
+    files = [path for path in results(root) if (path.parent.name == "cpu") == (name == "cpu")]
     kinds = KINDS[:2] if name == "cpu" else KINDS
     if not files:
         return f"{speed.NOT_MEASURED.capitalize()}."
     parts = []
     for path in files:
         report = speed.load(path)
-        figure = plots.save(speed.plot(report), path.with_suffix(".svg"))
+        figure = path.with_suffix(FIGURE).relative_to(root)
         parts += [
             f"{report.describe()} ([all numbers]({path.relative_to(root)})):",
             speed.markdown(report, LENGTHS[name], kinds),
-            f"![TFLOP/s over T on {report.device}]({figure.relative_to(root)})",
+            f"![TFLOP/s over T on {report.device}]({figure})",
         ]
         if report.gates:
             met = sum(gate["met"] for gate in report.gates)
@@ -41,7 +45,9 @@ def section(root: Path, name: str) -> str:
 
 
 def update(root: Path) -> None:
-    """Replace the sections of README.md."""
+    """Replace the sections of README.md, and draw the figures."""
+    for path in results(root):
+        plots.save(speed.plot(speed.load(path)), path.with_suffix(FIGURE))
     path = root / "README.md"
     text = path.read_text(encoding="utf-8")
     for name in LENGTHS:

@@ -166,7 +166,7 @@ def test_readme_is_written_from_results_and_names_what_is_missing(h100, bench_mo
     assert written.count("before") == written.count("after") == 2
     assert "| D = 128, full | 0.28 / 0.32 | 0.41 / 0.26 | 0.49 / 0.25 | 0.53 / 0.25 |" in gpu
     assert speed.NOT_MEASURED not in gpu
-    assert (h100.parent / "speed.svg").is_file() and "speed.svg" in gpu
+    assert (h100.parent / "speed.png").is_file() and "speed.png" in gpu
     assert cpu.lower().count(speed.NOT_MEASURED) == 1
     readme.update(tmp_path)
     assert path.read_text() == written
