@@ -15,6 +15,7 @@ from . import launch
 from .attention_bwd import launch_backward
 from .attention_fwd import launch_forward
 from .columns import pad_columns, trim_columns
+from .configs import TileConfig, pick_config
 from .priors import UNIFORM, Prior
 
 if TYPE_CHECKING:
@@ -57,6 +58,18 @@ class Call(NamedTuple):
         if not self.prior.is_uniform:
             return "prior"
         return None if self.visibility.attn_mask is None else "mask"
+
+    def config(self, kernel: str) -> TileConfig:
+        """Launch configuration of one of the portable kernels."""
+        return pick_config(
+            kernel,
+            self.q.shape[3],
+            self.v.shape[3],
+            self.q.element_size(),
+            launch.architecture(self.q),
+            weighed_by=self.weighed_by,
+            is_centered=self.is_centered,
+        )
 
 
 class ForwardResult(NamedTuple):

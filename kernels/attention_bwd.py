@@ -1,4 +1,4 @@
-"""Backward: launches three kernels, or four.
+"""Backward: launches three kernels.
 
 Every sum has a fixed order and no atomics, so equal inputs give equal bits.
 """
@@ -13,10 +13,9 @@ import triton
 
 from . import launch
 from .bwd_dkdv import attention_bwd_dkdv_kernel
-from .bwd_dprior import attention_bwd_dprior_kernel
 from .bwd_dq import attention_bwd_dq_kernel
 from .bwd_preprocess import attention_bwd_preprocess_kernel
-from .configs import TileConfig, block_width, pick_config
+from .configs import TileConfig, block_width
 from .primitives import ROW_ALIGNMENT
 from .value_sums import ValueBlockSums
 from .visibility import visibility_arguments, visibility_sizes
@@ -38,14 +37,13 @@ class _Products(NamedTuple):
 class _Plan(NamedTuple):
     """The launches of a backward and the shapes of what they leave for each other.
 
-    value_sums and dprior are None where they take no part, and so are the shapes of partial sums.
+    value_sums is None where it takes no part, and so are the shapes of partial sums.
     """
 
     value_sums: ValueBlockSums | None
     preprocess: launch.Launch
     dkdv: _Products
     dq: _Products
-    dprior: _Products | None
     row_terms: tuple[int, ...]
     gain_dots: tuple[int, ...] | None
     scale_dots: tuple[int, ...] | None
@@ -57,21 +55,10 @@ def _plan(call: Call, d_out: torch.Tensor, needs: Needs) -> _Plan:
     HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
     attn_mask = visibility.attn_mask
     arch = launch.architecture(q)
-    preprocess, dkdv, dq, dprior = (
-        pick_config(
-            kernel,
-            D,
-            DV,
-            q.element_size(),
-            arch,
-            weighed_by=call.weighed_by,
-            is_centered=call.is_centered,
-        )
-        for kernel in ("preprocess", "dkdv", "dq", "dprior")
-    )
+    preprocess, dkdv, dq = (call.config(kernel) for kernel in ("preprocess", "dkdv", "dq"))
     gain_strides, gain_is_tensor = launch.gain_arguments(gains)
     sizes = (H, T, S, *visibility_sizes(visibility, T, S))
-    strides = (q.stride(), k.stride(), v.stride(), d_out.stride())
+    strides = (*q.stride(), *k.stride(), *v.stride(), *d_out.stride())
     flags = {
         "GROUP": H // HKV,
         "GAIN_IS_TENSOR": gain_is_tensor,
@@ -87,7 +74,7 @@ def _plan(call: Call, d_out: torch.Tensor, needs: Needs) -> _Plan:
             launch.Launch(
                 kernel,
                 programs,
-                (gain_strides, *strides, *sizes),
+                (gain_strides, strides, *sizes),
                 config,
                 D=D,
                 DV=DV,
@@ -109,7 +96,11 @@ def _plan(call: Call, d_out: torch.Tensor, needs: Needs) -> _Plan:
         launch.Launch(
             attention_bwd_preprocess_kernel,
             aligned // preprocess.block_t * B * H,
-            (gain_strides, v.stride(), launch.strides(residual), d_out.stride(), *sizes),
+            (
+                gain_strides,
+                (*v.stride(), *launch.strides(residual), *d_out.stride()),
+                *sizes,
+            ),
             preprocess,
             DV=DV,
             BLOCK_DV=block_width(DV),
@@ -135,19 +126,12 @@ def _plan(call: Call, d_out: torch.Tensor, needs: Needs) -> _Plan:
             attention_bwd_dq_kernel,
             triton.cdiv(T, dq.block_t) * B * H,
             dq,
+            TIMES_PRIOR=prior.times,
+            ACCUMULATE_PRIOR=prior.accumulate,
+            PRIOR_ENTRIES=prior.entries if needs.prior else 0,
             UNIFORM_PRIOR=prior.is_uniform,
             MASKED_STAGES=dq.masked_stages,
         ),
-        products(
-            attention_bwd_dprior_kernel,
-            triton.cdiv(T, dprior.block_t) * B * H,
-            dprior,
-            TIMES_PRIOR=prior.times,
-            ACCUMULATE=prior.accumulate,
-            ENTRIES=prior.entries,
-        )
-        if needs.prior
-        else None,
         (3, B, H, aligned),
         (4, B, H, aligned // preprocess.block_t) if needs.gains else None,
         (B, H, triton.cdiv(T, dq.block_t)) if needs.scale else None,
@@ -197,9 +181,7 @@ def launch_backward(
         read = (q, k, v, d_out)
         weigh = (seen, prior_parameters)
         plan.dkdv(read, row_terms, *weigh, gradients.k, gradients.v, gains)
-        plan.dq(read, row_terms, *weigh, gradients.q, scale_dots, gains)
-        if plan.dprior is not None:
-            plan.dprior(read, row_terms, prior_dots, *weigh, d_table, gains)
+        plan.dq(read, row_terms, *weigh, prior_dots, gradients.q, scale_dots, d_table, gains)
     d_gains = None if gain_dots is None else _gain_gradients(gain_dots.sum((1, 3)), gains)
     d_scale = None if scale_dots is None else scale_dots.sum((0, 2))
     # The table is in log2.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .configs import block_width, pick_config
+from .configs import block_width
 from .primitives import (
     BRANCH,
     CENTER,
@@ -21,9 +21,7 @@ from .primitives import (
     SOFTMAX,
     cast,
     dot,
-    head_base,
     load_gain,
-    load_rows,
     load_tile,
     store_tile,
 )
@@ -90,11 +88,7 @@ def attention_fwd_kernel(
     prior,
     gains,
     gain_strides,
-    q_strides,
-    k_strides,
-    v_strides,
-    residual_strides,
-    out_strides,
+    strides,
     H,
     T,
     S,
@@ -139,13 +133,9 @@ def attention_fwd_kernel(
     head = pid_bh % H
     kv_head = head // GROUP
 
-    q_base = head_base(q_ptr, batch, head, q_strides)
-    k_base = head_base(k_ptr, batch, kv_head, k_strides)
-    v_base = head_base(v_ptr, batch, kv_head, v_strides)
-
-    q_rows = (q_descriptor, q_base, batch, head, T, q_strides[2], q_strides[3])
-    k_rows = (k_descriptor, k_base, batch, kv_head, S, k_strides[2], k_strides[3])
-    v_rows = (v_descriptor, v_base, batch, kv_head, S, v_strides[2], v_strides[3])
+    q_rows = (q_descriptor, q_ptr, batch, head, T) + strides[0:4]
+    k_rows = (k_descriptor, k_ptr, batch, kv_head, S) + strides[4:8]
+    v_rows = (v_descriptor, v_ptr, batch, kv_head, S) + strides[8:12]
     scale_log2 = LOG2_E * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
 
     bounds = load_bounds(visibility, batch, T, S, diagonal)
@@ -163,7 +153,7 @@ def attention_fwd_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
     value_sum = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
     # [BLOCK_T, BLOCK_D]
-    q = load_rows(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
+    q = load_tile(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
 
     first, full_end, masked = key_blocks(row, bounds, BLOCK_T, BLOCK_S, WEIGHED)
     # The first block and those at the edges of the visible range; the first sets the reference.
@@ -172,8 +162,8 @@ def attention_fwd_kernel(
         # [1, BLOCK_S]
         keys = (key + tl.arange(0, BLOCK_S))[None, :]
         # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
-        k = load_rows(k_rows, key, D, BLOCK_S, BLOCK_D, True, WIDE)
-        v = load_rows(v_rows, key, DV, BLOCK_S, BLOCK_DV, True, WIDE)
+        k = load_tile(k_rows, key, D, BLOCK_S, BLOCK_D, True, WIDE)
+        v = load_tile(v_rows, key, DV, BLOCK_S, BLOCK_DV, True, WIDE)
         # [BLOCK_T, BLOCK_S]
         zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         logits = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
@@ -232,8 +222,8 @@ def attention_fwd_kernel(
     if not WEIGHED:
         # Blocks that every row sees whole.
         for key in tl.range(first + BLOCK_S, full_end, BLOCK_S):
-            k = load_rows(k_rows, key, D, BLOCK_S, BLOCK_D, False, WIDE)
-            v = load_rows(v_rows, key, DV, BLOCK_S, BLOCK_DV, False, WIDE)
+            k = load_tile(k_rows, key, D, BLOCK_S, BLOCK_D, False, WIDE)
+            v = load_tile(v_rows, key, DV, BLOCK_S, BLOCK_DV, False, WIDE)
             # [BLOCK_T, BLOCK_S]
             zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
             scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
@@ -296,11 +286,11 @@ def attention_fwd_kernel(
     log2_normalizer = row_max + tl.math.log2(tl.where(has_keys, normalizer, 1.0))
     tl.store(lse_ptr + first_row + offs_t, log2_normalizer * LN_2, mask=inside)
     if excess_ptr is not None:
-        excess_base = excess_ptr + first_row * DV
-        store_tile(excess_base, row, T, (DV, 1), excess, DV, BLOCK_T, BLOCK_DV, WIDE)
+        excess_rows = (None, excess_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
+        store_tile(excess_rows, row, excess, DV, BLOCK_T, BLOCK_DV, WIDE)
         if center_ptr is not None:
-            center_base = center_ptr + first_row * DV
-            store_tile(center_base, row, T, (DV, 1), center, DV, BLOCK_T, BLOCK_DV, WIDE)
+            center_rows = (None, center_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
+            store_tile(center_rows, row, center, DV, BLOCK_T, BLOCK_DV, WIDE)
         plane = tl.cast(tl.num_programs(0) // tiles, tl.int64) * T
         stats = row_stats_ptr + first_row + offs_t
         tl.store(stats, log2_normalizer, mask=inside)
@@ -315,17 +305,16 @@ def attention_fwd_kernel(
         out += (softmax_gain - center_gain) * center
     if HAS_IDENTITY:
         identity_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, IDENTITY, head)
-        own = load_tile(v_base, q_offset + row, S, v_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE)
+        own_rows = (None,) + v_rows[1:]
+        own = load_tile(own_rows, q_offset + row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
         out += identity_gain * own.to(tl.float32)
     if residual_ptr is not None:
         skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SKIP, head)
-        residual_base = head_base(residual_ptr, batch, head, residual_strides)
-        residual = load_tile(
-            residual_base, row, T, residual_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE
-        )
+        residual_rows = (None, residual_ptr, batch, head, T) + strides[12:16]
+        residual = load_tile(residual_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
         out += skip_gain * residual.to(tl.float32)
-    out_base = head_base(out_ptr, batch, head, out_strides)
-    store_tile(out_base, row, T, out_strides[2:], out, DV, BLOCK_T, BLOCK_DV, WIDE)
+    out_rows = (None, out_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
+    store_tile(out_rows, row, out, DV, BLOCK_T, BLOCK_DV, WIDE)
 
 
 class _Plan(NamedTuple):
@@ -346,15 +335,7 @@ def _plan(call: Call) -> _Plan:
     HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
     attn_mask = visibility.attn_mask
     arch = launch.architecture(q)
-    config = pick_config(
-        "forward",
-        D,
-        DV,
-        q.element_size(),
-        arch,
-        weighed_by=call.weighed_by,
-        is_centered=call.is_centered,
-    )
+    config = call.config("forward")
     gain_strides, gain_is_tensor = launch.gain_arguments(gains)
 
     def forward(is_bounded: bool) -> launch.Launch:
@@ -363,11 +344,7 @@ def _plan(call: Call) -> _Plan:
             triton.cdiv(T, config.block_t) * B * H,
             (
                 gain_strides,
-                q.stride(),
-                k.stride(),
-                v.stride(),
-                launch.strides(residual),
-                (H * T * DV, T * DV, DV, 1),
+                (*q.stride(), *k.stride(), *v.stride(), *launch.strides(residual)),
                 H,
                 T,
                 S,

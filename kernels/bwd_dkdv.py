@@ -15,9 +15,7 @@ from .primitives import (
     aligned_rows,
     cast,
     dot,
-    head_base,
     load_gain,
-    load_rows,
     load_tile,
     softmax_sign,
     store_tile,
@@ -78,10 +76,7 @@ def attention_bwd_dkdv_kernel(
     dv_ptr,
     gains,
     gain_strides,
-    q_strides,
-    k_strides,
-    v_strides,
-    d_out_strides,
+    strides,
     H,
     T,
     S,
@@ -105,6 +100,8 @@ def attention_bwd_dkdv_kernel(
     DOT_PRECISION: tl.constexpr,
 ):
     WEIGHED: tl.constexpr = (visibility[MASK] is not None) or (not UNIFORM_PRIOR)
+    # Loops over the heads of a group and over their tiles, or, with fewer registers, one over both.
+    MEMBERS: tl.constexpr = 1 if WEIGHED else GROUP
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     blocks = tl.cdiv(S, BLOCK_S)
     pid = tl.program_id(0)
@@ -116,13 +113,11 @@ def attention_bwd_dkdv_kernel(
     kv_head = pid_bh % kv_heads
     plane = tl.cast(tl.num_programs(0) // blocks, tl.int64) * GROUP * aligned_rows(T)
 
-    k_base = head_base(k_ptr, batch, kv_head, k_strides)
-    v_base = head_base(v_ptr, batch, kv_head, v_strides)
-    k_rows = (k_descriptor, k_base, batch, kv_head, S, k_strides[2], k_strides[3])
-    v_rows = (v_descriptor, v_base, batch, kv_head, S, v_strides[2], v_strides[3])
+    k_rows = (k_descriptor, k_ptr, batch, kv_head, S) + strides[4:8]
+    v_rows = (v_descriptor, v_ptr, batch, kv_head, S) + strides[8:12]
     # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
-    k = load_rows(k_rows, key, D, BLOCK_S, BLOCK_D, True, WIDE)
-    v = load_rows(v_rows, key, DV, BLOCK_S, BLOCK_DV, True, WIDE)
+    k = load_tile(k_rows, key, D, BLOCK_S, BLOCK_D, True, WIDE)
+    v = load_tile(v_rows, key, DV, BLOCK_S, BLOCK_DV, True, WIDE)
     dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_S, BLOCK_DV), tl.float32)
 
@@ -138,66 +133,78 @@ def attention_bwd_dkdv_kernel(
         k.dtype == tl.float16,
         UNIFORM_PRIOR,
     )
-    scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, kv_head * GROUP)
-    sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, kv_head * GROUP)
     # First the rows that need a mask, then those that see all keys of the block.
     for phase in tl.static_range(1 if WEIGHED else 2):
         from_row = masked_from if phase == 0 else full_from
         tiles = (
             (full_from - masked_from) // BLOCK_T if phase == 0 else tl.cdiv(T - full_from, BLOCK_T)
         )
-        # One loop over the tiles of all heads of the group: nested loops cost registers.
-        for step in tl.range(0, GROUP * tiles, num_stages=MASKED_STAGES if phase == 0 else None):
-            head = kv_head * GROUP + (0 if GROUP == 1 else step // tiles)
-            row = from_row + (step if GROUP == 1 else step % tiles) * BLOCK_T
-            q_base = head_base(q_ptr, batch, head, q_strides)
-            d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
-            q_rows = (q_descriptor, q_base, batch, head, T, q_strides[2], q_strides[3])
-            strides = d_out_strides
-            d_out_rows = (d_out_descriptor, d_out_base, batch, head, T, strides[2], strides[3])
-            row_terms = row_terms_ptr + (tl.cast(batch, tl.int64) * H + head) * aligned_rows(T)
-            if GROUP > 1:
-                scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
-                sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, head)
-            # [BLOCK_T]
-            offs_t = row + tl.arange(0, BLOCK_T)
-            # Rows past T have weight 0, so they need no mask below.
-            exponent = tl.load(row_terms + offs_t)
-            delta = tl.load(row_terms + plane + offs_t)
-            # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
-            q = load_rows(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
-            d_out = load_rows(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
-            if d_out.dtype != dtype:
-                d_out = cast(d_out.to(tl.float32), dtype)
-            # [1, BLOCK_T], [BLOCK_S, 1]
-            positions = (q_offset + offs_t)[None, :]
-            keys = (key + tl.arange(0, BLOCK_S))[:, None]
-            # [BLOCK_S, BLOCK_T]
-            zeros = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
-            scores = dot(k, tl.trans(q), zeros, DOT_PRECISION) * (LOG2_E * scale)
-            scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
-            weights = tl.math.exp2(scores - exponent[None, :])
-            if phase == 0:
-                visible = visible_keys(
-                    visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, True, WIDE
-                )
-                weights = tl.where(visible, weights, 0.0)
-            value_weights = weights * (sign * weight_lift)
-            if CENTERED:
-                center_weight = tl.load(row_terms + 2 * plane + offs_t)
-                center_weights = (center_weight * weight_lift)[None, :] + zeros
+        for member in tl.range(0, MEMBERS, num_stages=1):
+            head = kv_head * GROUP + member
+            scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
+            sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, head)
+            steps = GROUP // MEMBERS * tiles
+            for step in tl.range(0, steps, num_stages=MASKED_STAGES if phase == 0 else None):
+                row = from_row + step * BLOCK_T
+                if GROUP > MEMBERS:
+                    head = kv_head * GROUP + step // tiles
+                    row = from_row + step % tiles * BLOCK_T
+                    scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
+                    sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, head)
+                q_rows = (q_descriptor, q_ptr, batch, head, T) + strides[0:4]
+                d_out_rows = (d_out_descriptor, d_out_ptr, batch, head, T) + strides[12:16]
+                row_terms = row_terms_ptr + (tl.cast(batch, tl.int64) * H + head) * aligned_rows(T)
+                # [BLOCK_T]
+                offs_t = row + tl.arange(0, BLOCK_T)
+                # Rows past T have weight 0, so they need no mask below.
+                exponent = tl.load(row_terms + offs_t)
+                delta = tl.load(row_terms + plane + offs_t)
+                # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
+                q = load_tile(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
+                d_out = load_tile(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
+                if d_out.dtype != dtype:
+                    d_out = cast(d_out.to(tl.float32), dtype)
+                # [1, BLOCK_T], [BLOCK_S, 1]
+                positions = (q_offset + offs_t)[None, :]
+                keys = (key + tl.arange(0, BLOCK_S))[:, None]
+                # [BLOCK_S, BLOCK_T]
+                zeros = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
+                scores = dot(k, tl.trans(q), zeros, DOT_PRECISION) * (LOG2_E * scale)
+                scores = ADD_LOG2_PRIOR(scores, positions, keys, key_lo, head, prior)
+                weights = tl.math.exp2(scores - exponent[None, :])
                 if phase == 0:
-                    center_weights = tl.where(visible, center_weights, 0.0)
-                value_weights -= TIMES_PRIOR(center_weights, positions, keys, key_lo, head, prior)
-            dv = dot(cast(value_weights, dtype), d_out, dv, DOT_PRECISION)
-            d_weights = dot(v, tl.trans(d_out), zeros, DOT_PRECISION)
-            if GROUP > 1:
-                # The heads of a group share one accumulator in units of the largest scale.
-                unit = tl.where(largest_scale == 0.0, 0.0, scale / largest_scale)
-                sign *= unit
-                delta *= unit
-            d_scores = weights * (sign * d_weights - delta[None, :])
-            dk = dot(cast(d_scores, dtype), q, dk, DOT_PRECISION)
+                    visible = visible_keys(
+                        visibility,
+                        bounds,
+                        batch,
+                        head,
+                        row,
+                        key,
+                        BLOCK_T,
+                        BLOCK_S,
+                        True,
+                        WIDE,
+                    )
+                    weights = tl.where(visible, weights, 0.0)
+                value_weights = weights * (sign * weight_lift)
+                if CENTERED:
+                    center_weight = tl.load(row_terms + 2 * plane + offs_t)
+                    center_weights = (center_weight * weight_lift)[None, :] + zeros
+                    if phase == 0:
+                        center_weights = tl.where(visible, center_weights, 0.0)
+                    value_weights -= TIMES_PRIOR(
+                        center_weights, positions, keys, key_lo, head, prior
+                    )
+                dv = dot(cast(value_weights, dtype), d_out, dv, DOT_PRECISION)
+                d_weights = dot(v, tl.trans(d_out), zeros, DOT_PRECISION)
+                score_sign = sign
+                if GROUP > 1:
+                    # The heads of a group share one accumulator in units of the largest scale.
+                    unit = tl.where(largest_scale == 0.0, 0.0, scale / largest_scale)
+                    score_sign = sign * unit
+                    delta *= unit
+                d_scores = weights * (score_sign * d_weights - delta[None, :])
+                dk = dot(cast(d_scores, dtype), q, dk, DOT_PRECISION)
 
     dk *= largest_scale
     dv *= 1.0 / weight_lift
@@ -206,12 +213,12 @@ def attention_bwd_dkdv_kernel(
             head = kv_head * GROUP + member
             branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, BRANCH, head)
             identity_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, IDENTITY, head)
-            d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
-            d_out = load_tile(
-                d_out_base, key - q_offset, T, d_out_strides[2:], DV, BLOCK_S, BLOCK_DV, True, WIDE
-            )
+            # A descriptor is for tiles of BLOCK_T rows.
+            d_out_rows = (None, d_out_ptr, batch, head, T) + strides[12:16]
+            d_out = load_tile(d_out_rows, key - q_offset, DV, BLOCK_S, BLOCK_DV, True, WIDE)
             dv += branch_gain * identity_gain * d_out.to(tl.float32)
     # Gradients are contiguous (B, Hkv, S, ...).
-    first_key = tl.cast(pid_bh, tl.int64) * S
-    store_tile(dk_ptr + first_key * D, key, S, (D, 1), dk, D, BLOCK_S, BLOCK_D, WIDE)
-    store_tile(dv_ptr + first_key * DV, key, S, (DV, 1), dv, DV, BLOCK_S, BLOCK_DV, WIDE)
+    dk_rows = (None, dk_ptr, 0, pid_bh, S, 0, S * D, D, 1)
+    dv_rows = (None, dv_ptr, 0, pid_bh, S, 0, S * DV, DV, 1)
+    store_tile(dk_rows, key, dk, D, BLOCK_S, BLOCK_D, WIDE)
+    store_tile(dv_rows, key, dv, DV, BLOCK_S, BLOCK_DV, WIDE)

@@ -1,4 +1,4 @@
-"""Third backward kernel: gradient of q and of the scale, one query tile per program."""
+"""Third backward kernel: gradients of q, the scale and a learned prior, by tiles of queries."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from .primitives import (
     aligned_rows,
     cast,
     dot,
-    head_base,
     load_gain,
-    load_rows,
+    load_tile,
     softmax_sign,
     store_tile,
 )
@@ -33,14 +32,13 @@ def attention_bwd_dq_kernel(
     row_terms_ptr,
     visibility,
     prior,
+    prior_dots_ptr,
     dq_ptr,
     scale_dots_ptr,
+    d_table_ptr,
     gains,
     gain_strides,
-    q_strides,
-    k_strides,
-    v_strides,
-    d_out_strides,
+    strides,
     H,
     T,
     S,
@@ -55,6 +53,9 @@ def attention_bwd_dq_kernel(
     BLOCK_S: tl.constexpr,
     GAIN_IS_TENSOR: tl.constexpr,
     ADD_LOG2_PRIOR: tl.constexpr,
+    TIMES_PRIOR: tl.constexpr,
+    ACCUMULATE_PRIOR: tl.constexpr,
+    PRIOR_ENTRIES: tl.constexpr,
     UNIFORM_PRIOR: tl.constexpr,
     MASKED_STAGES: tl.constexpr,
     WIDE: tl.constexpr,
@@ -70,17 +71,14 @@ def attention_bwd_dq_kernel(
     batch = pid_bh // H
     head = pid_bh % H
     kv_head = head // GROUP
-    plane = tl.cast(tl.num_programs(0) // tiles, tl.int64) * aligned_rows(T)
+    heads = tl.cast(tl.num_programs(0) // tiles, tl.int64)
+    plane = heads * aligned_rows(T)
     first_row = tl.cast(pid_bh, tl.int64) * T
 
-    q_base = head_base(q_ptr, batch, head, q_strides)
-    k_base = head_base(k_ptr, batch, kv_head, k_strides)
-    v_base = head_base(v_ptr, batch, kv_head, v_strides)
-    d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
-    q_rows = (q_descriptor, q_base, batch, head, T, q_strides[2], q_strides[3])
-    k_rows = (k_descriptor, k_base, batch, kv_head, S, k_strides[2], k_strides[3])
-    v_rows = (v_descriptor, v_base, batch, kv_head, S, v_strides[2], v_strides[3])
-    d_out_rows = (d_out_descriptor, d_out_base, batch, head, T, d_out_strides[2], d_out_strides[3])
+    q_rows = (q_descriptor, q_ptr, batch, head, T) + strides[0:4]
+    k_rows = (k_descriptor, k_ptr, batch, kv_head, S) + strides[4:8]
+    v_rows = (v_descriptor, v_ptr, batch, kv_head, S) + strides[8:12]
+    d_out_rows = (d_out_descriptor, d_out_ptr, batch, head, T) + strides[12:16]
     scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
     sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, head)
 
@@ -89,9 +87,14 @@ def attention_bwd_dq_kernel(
     row_terms = row_terms_ptr + tl.cast(pid_bh, tl.int64) * aligned_rows(T) + offs_t
     exponent = tl.load(row_terms)
     delta = tl.load(row_terms + plane)
+    if PRIOR_ENTRIES > 0:
+        inside = offs_t < T
+        center_weight = tl.load(row_terms + 2 * plane)
+        d_prior_sum = tl.load(prior_dots_ptr + first_row + offs_t, mask=inside, other=0.0)
+        entries = (tl.zeros((BLOCK_T,), tl.float32),) * PRIOR_ENTRIES
     # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
-    q = load_rows(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
-    d_out = load_rows(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
+    q = load_tile(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
+    d_out = load_tile(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
     if d_out.dtype != q.dtype:
         d_out = cast(d_out.to(tl.float32), q.dtype)
     dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -110,8 +113,8 @@ def attention_bwd_dq_kernel(
             if phase == 0:
                 key = tl.where(block == 0, first, full_end + (block - 1) * BLOCK_S)
             # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
-            k = load_rows(k_rows, key, D, BLOCK_S, BLOCK_D, phase == 0, WIDE)
-            v = load_rows(v_rows, key, DV, BLOCK_S, BLOCK_DV, phase == 0, WIDE)
+            k = load_tile(k_rows, key, D, BLOCK_S, BLOCK_D, phase == 0, WIDE)
+            v = load_tile(v_rows, key, DV, BLOCK_S, BLOCK_DV, phase == 0, WIDE)
             # [1, BLOCK_S]
             keys = (key + tl.arange(0, BLOCK_S))[None, :]
             # [BLOCK_T, BLOCK_S]
@@ -128,9 +131,21 @@ def attention_bwd_dq_kernel(
             d_weights = dot(d_out, tl.trans(v), zeros, DOT_PRECISION)
             d_scores = weights * (sign * d_weights - delta[:, None])
             dq = dot(cast(d_scores, k.dtype), k, dq, DOT_PRECISION)
+            if PRIOR_ENTRIES > 0:
+                # Of the natural log of A0: through the softmax, through D and through the centre.
+                at_zero = tl.where(visible, 1.0, 0.0)
+                at_zero = TIMES_PRIOR(at_zero, positions, keys, key_lo, head, prior)
+                d_logs = at_zero * (d_prior_sum[:, None] - center_weight[:, None] * d_weights)
+                entries = ACCUMULATE_PRIOR(entries, d_scores + d_logs, positions, keys, key_lo)
 
     if scale_dots_ptr is not None:
         # d loss / d scale = sum_i q_i . (dS K)_i; one slot per head and tile.
         dots = tl.sum(dq * q.to(tl.float32))
         tl.store(scale_dots_ptr + tl.cast(pid_bh, tl.int64) * tiles + pid_t, dots)
-    store_tile(dq_ptr + first_row * D, row, T, (D, 1), scale * dq, D, BLOCK_T, BLOCK_D, WIDE)
+    if PRIOR_ENTRIES > 0:
+        # (PRIOR_ENTRIES, B, H, T), summed over rows and batch afterwards in a fixed order.
+        for entry in tl.static_range(PRIOR_ENTRIES):
+            table = d_table_ptr + entry * heads * T + first_row + offs_t
+            tl.store(table, entries[entry], mask=inside)
+    dq_rows = (None, dq_ptr, 0, pid_bh, T, 0, T * D, D, 1)
+    store_tile(dq_rows, row, scale * dq, D, BLOCK_T, BLOCK_D, WIDE)

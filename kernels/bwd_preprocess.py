@@ -12,7 +12,6 @@ from .primitives import (
     SOFTMAX,
     aligned_rows,
     cast,
-    head_base,
     load_gain,
     load_tile,
     softmax_sign,
@@ -39,9 +38,7 @@ def attention_bwd_preprocess_kernel(
     d_residual_ptr,
     gains,
     gain_strides,
-    v_strides,
-    residual_strides,
-    d_out_strides,
+    strides,
     H,
     T,
     S,
@@ -79,7 +76,7 @@ def attention_bwd_preprocess_kernel(
     softmax_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, SOFTMAX, head)
     sign = softmax_sign(gains, gain_strides, GAIN_IS_TENSOR, head)
     center_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, CENTER, head)
-    v_base = head_base(v_ptr, batch, kv_head, v_strides)
+    v_rows = (None, v_ptr, batch, kv_head, S) + strides[0:4]
 
     # [BLOCK_T]
     stats = row_stats_ptr + first_row + offs_t
@@ -88,24 +85,22 @@ def attention_bwd_preprocess_kernel(
     inverse_weight_sum = tl.where(weight_sum > 0.0, 1.0 / tl.maximum(weight_sum, 1e-30), 0.0)
 
     # [BLOCK_T, BLOCK_DV]
-    d_out_base = head_base(d_out_ptr, batch, head, d_out_strides)
-    d_out = load_tile(d_out_base, row, T, d_out_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE)
+    d_out_rows = (None, d_out_ptr, batch, head, T) + strides[8:12]
+    d_out = load_tile(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
     d_out = d_out.to(tl.float32)
-    softmax_part = load_tile(
-        excess_ptr + first_row * DV, row, T, (DV, 1), DV, BLOCK_T, BLOCK_DV, True, WIDE
-    ).to(tl.float32)
+    excess_rows = (None, excess_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
+    softmax_part = load_tile(excess_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE).to(tl.float32)
     if CENTERED:
         if center_ptr is not None:
-            center = load_tile(
-                center_ptr + first_row * DV, row, T, (DV, 1), DV, BLOCK_T, BLOCK_DV, True, WIDE
-            )
+            center_rows = (None, center_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
+            center = load_tile(center_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
         else:
             bounds = load_bounds(visibility, batch, T, S, diagonal)
             sums_base = block_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * (
                 tl.cdiv(S, SUM_BLOCK) * DV
             )
             center = inverse_weight_sum[:, None] * visible_value_sum(
-                (None, v_base, batch, kv_head, S, v_strides[2], v_strides[3]),
+                v_rows,
                 sums_base,
                 row,
                 bounds,
@@ -150,16 +145,14 @@ def attention_bwd_preprocess_kernel(
     if residual_ptr is not None or d_residual_ptr is not None:
         skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SKIP, head)
     if d_residual_ptr is not None:
-        d_residual_base = d_residual_ptr + first_row * DV
-        store_tile(d_residual_base, row, T, (DV, 1), skip_gain * d_out, DV, BLOCK_T, BLOCK_DV, WIDE)
+        d_residual_rows = (None, d_residual_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
+        store_tile(d_residual_rows, row, skip_gain * d_out, DV, BLOCK_T, BLOCK_DV, WIDE)
     if gain_dots_ptr is not None:
         # One slot per gain, head and tile: (4, B, H, tiles), summed afterwards in a fixed order.
         slot = gain_dots_ptr + tl.cast(pid_bh, tl.int64) * tiles + pid_t
         slots = tl.cast(tl.num_programs(0), tl.int64)
         if HAS_IDENTITY:
-            own = load_tile(
-                v_base, q_offset + row, S, v_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE
-            )
+            own = load_tile(v_rows, q_offset + row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
             tl.store(slot, tl.sum(d_out * own.to(tl.float32)))
         else:
             tl.store(slot, 0.0)
@@ -170,10 +163,8 @@ def attention_bwd_preprocess_kernel(
         else:
             tl.store(slot + 2 * slots, 0.0)
         if residual_ptr is not None:
-            residual_base = head_base(residual_ptr, batch, head, residual_strides)
-            residual = load_tile(
-                residual_base, row, T, residual_strides[2:], DV, BLOCK_T, BLOCK_DV, True, WIDE
-            )
+            residual_rows = (None, residual_ptr, batch, head, T) + strides[4:8]
+            residual = load_tile(residual_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
             tl.store(slot + 3 * slots, tl.sum(d_out * residual.to(tl.float32)))
         else:
             tl.store(slot + 3 * slots, 0.0)

@@ -158,7 +158,6 @@ _KERNEL_NAMES = {
     "attention_bwd_preprocess_kernel": "preprocess",
     "attention_bwd_dkdv_kernel": "dkdv",
     "attention_bwd_dq_kernel": "dq",
-    "attention_bwd_dprior_kernel": "dprior",
 }
 
 

@@ -72,47 +72,23 @@ def index(BLOCK: tl.constexpr, WIDE: tl.constexpr):
     return offs
 
 
+# A matrix, of one batch entry and head of a tensor (B, H, rows, columns), is a tuple: descriptor of
+# the tensor or None, its pointer, batch, head, number of rows, its four strides.
+
+
 @triton.jit
-def tile_pointers(base, row, strides, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
-    """Pointers to rows `row .. row + ROWS - 1`; `strides` are those of the last two dimensions."""
-    origin = base + tl.cast(row, tl.int64) * strides[0]
+def tile_pointers(matrix, row, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """Pointers to rows `row .. row + ROWS - 1` of a matrix."""
+    base = head_base(matrix[1], matrix[2], matrix[3], matrix[5:])
+    origin = base + tl.cast(row, tl.int64) * matrix[7]
     # [ROWS, COLS]
     return origin + (
-        index(ROWS, WIDE)[:, None] * strides[0] + index(COLS, WIDE)[None, :] * strides[1]
+        index(ROWS, WIDE)[:, None] * matrix[7] + index(COLS, WIDE)[None, :] * matrix[8]
     )
 
 
 @triton.jit
 def load_tile(
-    base,
-    row,
-    row_end,
-    strides,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Rows `row .. row + ROWS - 1` of a matrix, 0 outside `[0, row_end)` and past WIDTH."""
-    pointers = tile_pointers(base, row, strides, ROWS, COLS, WIDE)
-    offs_r = row + tl.arange(0, ROWS)
-    offs_c = tl.arange(0, COLS)
-    if CHECK_ROWS:
-        mask = ((offs_r >= 0) & (offs_r < row_end))[:, None]
-        if WIDTH < COLS:
-            mask = mask & (offs_c < WIDTH)[None, :]
-        tile = tl.load(pointers, mask=mask, other=0.0)
-    elif WIDTH < COLS:
-        tile = tl.load(pointers, mask=(offs_c < WIDTH)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    # [ROWS, COLS]
-    return tile
-
-
-@triton.jit
-def load_rows(
     matrix,
     row,
     WIDTH: tl.constexpr,
@@ -121,34 +97,41 @@ def load_rows(
     CHECK_ROWS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """`load_tile` of a `matrix`, by a tensor descriptor, which clips by itself, where there is one.
-
-    matrix: descriptor of the whole (B, H, rows, columns) tensor or None; pointer to the matrix of
-    one head; batch; head; number of rows; the last two strides.
-    """
+    """Rows `row .. row + ROWS - 1` of a matrix, 0 outside it and past WIDTH."""
     if matrix[0] is not None:
         tile = matrix[0].load([matrix[2], matrix[3], row, 0]).reshape(ROWS, COLS)
     else:
-        tile = load_tile(matrix[1], row, matrix[4], matrix[5:], WIDTH, ROWS, COLS, CHECK_ROWS, WIDE)
+        pointers = tile_pointers(matrix, row, ROWS, COLS, WIDE)
+        offs_r = row + tl.arange(0, ROWS)
+        offs_c = tl.arange(0, COLS)
+        if CHECK_ROWS:
+            mask = ((offs_r >= 0) & (offs_r < matrix[4]))[:, None]
+            if WIDTH < COLS:
+                mask = mask & (offs_c < WIDTH)[None, :]
+            tile = tl.load(pointers, mask=mask, other=0.0)
+        elif WIDTH < COLS:
+            tile = tl.load(pointers, mask=(offs_c < WIDTH)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    # [ROWS, COLS]
     return tile
 
 
 @triton.jit
 def store_tile(
-    base,
+    matrix,
     row,
-    row_end,
-    strides,
     tile,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write `tile` to rows `row .. row + ROWS - 1`, nothing at or past `row_end` and WIDTH."""
-    mask = (row + tl.arange(0, ROWS) < row_end)[:, None] & (tl.arange(0, COLS) < WIDTH)[None, :]
-    pointers = tile_pointers(base, row, strides, ROWS, COLS, WIDE)
-    tl.store(pointers, cast(tile, base.dtype.element_ty), mask=mask)
+    """Write `tile` to rows `row .. row + ROWS - 1`, nothing past the matrix and WIDTH."""
+    in_rows = row + tl.arange(0, ROWS) < matrix[4]
+    mask = in_rows[:, None] & (tl.arange(0, COLS) < WIDTH)[None, :]
+    pointers = tile_pointers(matrix, row, ROWS, COLS, WIDE)
+    tl.store(pointers, cast(tile, matrix[1].dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import launch
 from .configs import TileConfig, block_width
-from .primitives import cast, dot, head_base, load_rows, load_tile
+from .primitives import cast, dot, load_tile
 
 _BLOCKS_AT_ONCE = tl.constexpr(16)
 
@@ -29,9 +29,9 @@ def value_block_sums_kernel(
     pid = tl.program_id(0)
     pid_s = pid % blocks
     pid_bh = pid // blocks
-    base = head_base(v_ptr, pid_bh // HKV, pid_bh % HKV, v_strides)
+    v_rows = (None, v_ptr, pid_bh // HKV, pid_bh % HKV, S) + v_strides
     # [SUM_BLOCK, BLOCK_DV]
-    v = load_tile(base, pid_s * SUM_BLOCK, S, v_strides[2:], DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
+    v = load_tile(v_rows, pid_s * SUM_BLOCK, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
     # [BLOCK_DV]
     total = tl.sum(v.to(tl.float32), 0)
     offs_d = tl.arange(0, BLOCK_DV)
@@ -109,9 +109,10 @@ def visible_value_sum(
         offs_s = key + tl.arange(0, SUM_BLOCK)
         # [SUM_BLOCK, BLOCK_DV]
         if SUM_BLOCK == BLOCK_S:
-            v = load_rows(v_rows, key, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
+            v = load_tile(v_rows, key, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
         else:
-            v = load_tile(v_rows[1], key, S, v_rows[5:], DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
+            # A descriptor is for tiles of BLOCK_S rows.
+            v = load_tile((None,) + v_rows[1:], key, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
         # The first row that sees a key: a column of the tile is one thread's, and rows are many.
         in_range = (offs_s >= key_lo) & (offs_s < key_hi)
         from_row = tl.where(in_range, offs_s - diagonal - row + 1, BLOCK_T)

@@ -81,15 +81,6 @@ def key_blocks(row, bounds, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, ALL_MA
 
 
 @triton.jit
-def visible_in_range(rows, keys, bounds):
-    """Which `keys` the `rows` see without a mask; both are broadcast, in either orientation."""
-    T, S, key_lo, key_hi, diagonal = bounds
-    seen = tl.where(rows < T, tl.minimum(key_hi, rows + diagonal) - key_lo, 0)
-    # One comparison a score: keys before key_lo are large without a sign.
-    return (keys - key_lo).to(tl.uint32) < tl.maximum(seen, 0).to(tl.uint32)
-
-
-@triton.jit
 def visible_keys(
     visibility,
     bounds,
@@ -111,14 +102,17 @@ def visible_keys(
         # [BLOCK_T, BLOCK_S]
         rows = index(BLOCK_T, WIDE)[:, None]
         keys = index(BLOCK_S, WIDE)[None, :]
-    visible = visible_in_range(row + rows, key + keys, bounds)
+    T, S, key_lo, key_hi, diagonal = bounds
+    seen = tl.where(row + rows < T, tl.minimum(key_hi, row + rows + diagonal) - key_lo, 0)
+    # One comparison a score: keys before key_lo are large without a sign.
+    visible = (key + keys - key_lo).to(tl.uint32) < tl.maximum(seen, 0).to(tl.uint32)
     if visibility[MASK] is not None:
         strides = visibility[MASK_STRIDES:KEY_START]
         base = head_base(visibility[MASK], batch, head, strides)
         row_stride = strides[2]
         key_stride = strides[3]
         origin = base + tl.cast(row, tl.int64) * row_stride + tl.cast(key, tl.int64) * key_stride
-        inside = (row + rows < bounds[0]) & (key + keys < bounds[1])
+        inside = (row + rows < T) & (key + keys < S)
         offsets = rows * row_stride + keys * key_stride
         visible = visible & (tl.load(origin + offsets, mask=inside, other=0) != 0)
     return visible

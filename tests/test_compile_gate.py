@@ -77,8 +77,6 @@ def test_cases_reach_every_entry_of_the_tables(monkeypatch):
     monkeypatch.setattr(configs, "_TABLES", tables)
     for case in compile_gate.cases():
         for kernel in configs.KERNELS:
-            if kernel == "dprior" and not (case.variant.prior and case.variant.gains == "tensor"):
-                continue
             itemsize = 4 if case.dtype == "fp32" else 2
             configs.pick_config(
                 kernel,

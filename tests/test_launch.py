@@ -13,11 +13,12 @@ PREPARE = """
     import torch
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
     from shaped_attn import ESPA, shaped_attention, validation
     from shaped_attn.kernels import launch
     from shaped_attn.kernels.stand_in import StandInDriver
 
-    stand_in = StandInDriver(80)
+    stand_in = StandInDriver(ARCH)
     driver.set_active(stand_in)
     compilations = []
     through_triton = JITFunction.run
@@ -35,13 +36,15 @@ PREPARE = """
     def describe(x):
         if isinstance(x, torch.Tensor):
             return x.dtype, x.shape, x.stride()
+        if isinstance(x, TensorDescriptor):
+            return "descriptor", describe(x.base), tuple(x.block_shape)
         return tuple(map(describe, x)) if isinstance(x, tuple) else x
 
     def call(*inputs, **options):
         "Launch a forward and a backward; return what was launched and what went through Triton."
         stand_in.launches.clear()
         compilations.clear()
-        with launch.assume_architecture(80):
+        with launch.assume_architecture(ARCH):
             out = shaped_attention(*inputs, impl="triton", **options)
             out.sum().backward()
         # All but the metadata, a new object for each launch.
@@ -49,10 +52,14 @@ PREPARE = """
 """
 
 
-def run(script):
+def run(script, arch=80):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PREPARE) + textwrap.dedent(script)],
+        [
+            sys.executable,
+            "-c",
+            "\n".join(map(textwrap.dedent, (f"ARCH = {arch}", PREPARE, script))),
+        ],
         env=environment,
         capture_output=True,
         text=True,
@@ -60,6 +67,7 @@ def run(script):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
     "options",
     [
@@ -70,8 +78,9 @@ def run(script):
     ],
     ids=["causal", "learned_gains", "mask", "learned_prior"],
 )
-def test_the_second_call_launches_what_the_first_did(options):
-    run(f"""
+def test_the_second_call_launches_what_the_first_did(options, arch):
+    run(
+        f"""
         options = dict({options})
         first, compiled = call(*tensors(), **options)
         assert len(first) == len(compiled) >= 4, compiled
@@ -79,7 +88,12 @@ def test_the_second_call_launches_what_the_first_did(options):
         assert compiled == [], compiled
         assert second == first
         assert all(x[4] for x in second)  # the function to launch
-    """)
+        # Where the hardware has them, a new tensor gets a new descriptor.
+        described = [x for y in second for x in y if isinstance(x, tuple) and "descriptor" in x]
+        assert bool(described) == (ARCH == 90)
+    """,
+        arch,
+    )
 
 
 def test_what_triton_may_compile_for_is_in_the_signature():
@@ -113,7 +127,7 @@ def test_what_triton_may_compile_for_is_in_the_signature():
 def test_the_alignment_of_what_was_saved_is_in_the_signature():
     run("""
         q, k, v = (x.detach() for x in tensors())
-        with launch.assume_architecture(80):
+        with launch.assume_architecture(ARCH):
             out, lse, *saved = torch.ops.shaped_attn.attention(q, k, v, is_causal=True)
 
             def through_triton_in_backward(excess):
