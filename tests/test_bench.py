@@ -215,6 +215,7 @@ def test_tracking_compares_ratios(monkeypatch, tmp_path):
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "bench_tracked.py").write_text(TRACKED)
     baseline = tmp_path / "baseline.json"
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # nothing is timed in a worker
 
     def run(ours, peer, *options):
         monkeypatch.setenv("SECONDS_TAKEN", f"{ours} {peer}")

@@ -137,6 +137,7 @@ def test_the_benchmark_goes_on_after_a_crash_and_a_hang(runner, monkeypatch, tmp
     file.write_text(BENCHMARK)
     record = tmp_path / "speed.json"
     monkeypatch.setattr(runner, "CASE_SECONDS", 1)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # nothing is timed in a worker
     note = runner.measure_speed(record, limit=300, processes=1, suite=[str(file)])
     assert note == ""
     report = json.loads(record.read_text())
