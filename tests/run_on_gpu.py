@@ -33,6 +33,7 @@ TEST_FILES = (  # what matters most comes first
     "test_attention_kernels.py",
     "test_fixed_maximum.py",
     "test_near_identity_priors.py",
+    "test_descriptors.py",
     "test_dominant_keys.py",
     "test_kernel_priors.py",
     "test_families.py",
