@@ -100,10 +100,17 @@ REGISTER_UNIT = 8  # in which GPUs allocate registers
 
 
 def changes(row, expected):
-    """What differs from a committed row; LLVM's registers vary by a few from machine to machine."""
+    """What differs from a committed row.
+
+    The order in which LLVM puts instructions varies between runs of one release: registers vary by
+    a few, and where there are spills, so does their number (428 or 620 bytes of one kernel).
+    """
     changed = {key: (value, row[key]) for key, value in expected.items() if row[key] != value}
     if abs(int(row["registers"]) - int(expected["registers"])) <= REGISTER_UNIT:
         changed.pop("registers", None)
+    fewer, more = sorted((int(row["spills"]), int(expected["spills"])))
+    if more <= 2 * fewer:
+        changed.pop("spills", None)
     return changed
 
 
@@ -113,6 +120,10 @@ def test_changes_of_a_row():
     assert changes({**row, "registers": "202"}, row) == {}
     assert changes({**row, "registers": "209"}, row) == {"registers": ("200", "209")}
     assert changes({**row, "spills": "4"}, row) == {"spills": ("0", "4")}
+    spilled = {**row, "spills": "620"}
+    assert changes({**row, "spills": "428"}, spilled) == {}
+    assert changes({**row, "spills": "300"}, spilled) == {"spills": ("620", "300")}
+    assert changes(row, spilled) == {"spills": ("620", "0")}
 
 
 @pytest.mark.slow
