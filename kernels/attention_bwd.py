@@ -15,10 +15,10 @@ from . import launch
 from .bwd_dkdv import attention_bwd_dkdv_kernel
 from .bwd_dq import attention_bwd_dq_kernel
 from .bwd_preprocess import attention_bwd_preprocess_kernel
-from .configs import TileConfig, block_width
+from .configs import TileConfig
 from .primitives import ROW_ALIGNMENT
 from .value_sums import ValueBlockSums
-from .visibility import visibility_arguments, visibility_sizes
+from .visibility import visibility_arguments
 
 if TYPE_CHECKING:
     from .attention import AttentionGradients, Call, ForwardResult, Needs
@@ -50,91 +50,43 @@ class _Plan(NamedTuple):
 
 
 def _plan(call: Call, d_out: torch.Tensor, needs: Needs) -> _Plan:
-    q, k, v, residual, gains, visibility, prior, _ = call
-    B, H, T, D = q.shape
-    HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
-    attn_mask = visibility.attn_mask
-    arch = launch.architecture(q)
+    q, k, v, residual = call[:4]
+    B, H, T, _ = q.shape
+    HKV, S = k.shape[1:3]
     preprocess, dkdv, dq = (call.config(kernel) for kernel in ("preprocess", "dkdv", "dq"))
-    gain_strides, gain_is_tensor = launch.gain_arguments(gains)
-    sizes = (H, T, S, *visibility_sizes(visibility, T, S))
-    strides = (*q.stride(), *k.stride(), *v.stride(), *d_out.stride())
-    flags = {
-        "GROUP": H // HKV,
-        "GAIN_IS_TENSOR": gain_is_tensor,
-        "DOT_PRECISION": launch.dot_precision(q.dtype, arch, D, DV),
-    }
 
-    def products(kernel: Any, programs: int, config: TileConfig, **constants: Any) -> _Products:
+    def products(kernel: Any, programs: int, config: TileConfig) -> _Products:
         block_t, block_s = config.block_t, config.block_s
+        tiles = ((q, block_t), (k, block_s), (v, block_s), (d_out, block_t))
         return _Products(
-            launch.Descriptors(
-                config, arch, (q, block_t), (k, block_s), (v, block_s), (d_out, block_t)
-            ),
-            launch.Launch(
+            launch.Descriptors(config, launch.architecture(q), *tiles),
+            launch.Launch.for_call(
+                call,
                 kernel,
                 programs,
-                (gain_strides, strides, *sizes),
                 config,
-                D=D,
-                DV=DV,
-                BLOCK_D=block_width(D),
-                BLOCK_DV=block_width(DV),
-                BLOCK_T=block_t,
-                BLOCK_S=block_s,
-                ADD_LOG2_PRIOR=prior.add_log2,
-                WIDE=launch.needs_wide_index(config, q, k, v, d_out, attn_mask),
-                **constants,
-                **flags,
+                (q, k, v, d_out),
+                PRIOR_ENTRIES=call.prior.entries if needs.prior else 0,
             ),
         )
 
     aligned = triton.cdiv(T, ROW_ALIGNMENT.value) * ROW_ALIGNMENT.value
+    tiles_of_dq = triton.cdiv(T, dq.block_t)
     needs_sums = call.is_centered and call.weighed_by is None
     return _Plan(
         ValueBlockSums(v, preprocess) if needs_sums else None,
-        launch.Launch(
+        launch.Launch.for_call(
+            call,
             attention_bwd_preprocess_kernel,
             aligned // preprocess.block_t * B * H,
-            (
-                gain_strides,
-                (*v.stride(), *launch.strides(residual), *d_out.stride()),
-                *sizes,
-            ),
             preprocess,
-            DV=DV,
-            BLOCK_DV=block_width(DV),
-            BLOCK_T=preprocess.block_t,
-            SUM_BLOCK=preprocess.sum_block,
-            HAS_IDENTITY=call.has_identity,
-            CENTERED=call.is_centered,
-            UNIFORM_PRIOR=prior.is_uniform,
-            WIDE=launch.needs_wide_index(preprocess, v, residual, d_out),
-            **flags,
+            (v, residual, d_out),
         ),
-        products(
-            attention_bwd_dkdv_kernel,
-            triton.cdiv(S, dkdv.block_s) * B * HKV,
-            dkdv,
-            HAS_IDENTITY=call.has_identity,
-            CENTERED=call.is_centered,
-            TIMES_PRIOR=prior.times,
-            UNIFORM_PRIOR=prior.is_uniform,
-            MASKED_STAGES=dkdv.masked_stages,
-        ),
-        products(
-            attention_bwd_dq_kernel,
-            triton.cdiv(T, dq.block_t) * B * H,
-            dq,
-            TIMES_PRIOR=prior.times,
-            ACCUMULATE_PRIOR=prior.accumulate,
-            PRIOR_ENTRIES=prior.entries if needs.prior else 0,
-            UNIFORM_PRIOR=prior.is_uniform,
-            MASKED_STAGES=dq.masked_stages,
-        ),
+        products(attention_bwd_dkdv_kernel, triton.cdiv(S, dkdv.block_s) * B * HKV, dkdv),
+        products(attention_bwd_dq_kernel, tiles_of_dq * B * H, dq),
         (3, B, H, aligned),
         (4, B, H, aligned // preprocess.block_t) if needs.gains else None,
-        (B, H, triton.cdiv(T, dq.block_t)) if needs.scale else None,
+        (B, H, tiles_of_dq) if needs.scale else None,
     )
 
 
@@ -189,12 +141,10 @@ def launch_backward(
     return gradients._replace(gains=d_gains, scale=d_scale, prior=d_prior)
 
 
-def _per_head(gain: float | torch.Tensor) -> float | torch.Tensor:
-    return gain.to(torch.float32) if isinstance(gain, torch.Tensor) else gain
-
-
 def _gain_gradients(dots: torch.Tensor, gains: tuple[float | torch.Tensor, ...]) -> torch.Tensor:
     """Gradients (5, H) of the gains from the sums (4, H) of dO with each term of the formula."""
-    identity, softmax, center, _, branch, _ = (_per_head(gain) for gain in gains)
+    identity, softmax, center, _, branch, _ = (
+        gain.float() if isinstance(gain, torch.Tensor) else gain for gain in gains
+    )
     d_branch = identity * dots[0] + softmax * dots[1] + center * dots[2]
     return torch.stack([branch * dots[0], branch * dots[1], branch * dots[2], dots[3], d_branch])

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .configs import block_width
 from .primitives import (
     BRANCH,
     CENTER,
@@ -24,6 +23,7 @@ from .primitives import (
     load_gain,
     load_tile,
     store_tile,
+    tile_width,
 )
 from .row_sums import finish_row_sums, rescale_row_sums, round_and_sum, start_row_sums
 from .value_sums import ValueBlockSums, visible_value_sum
@@ -32,7 +32,6 @@ from .visibility import (
     key_blocks,
     load_bounds,
     visibility_arguments,
-    visibility_sizes,
     visible_count,
     visible_keys,
 )
@@ -97,8 +96,6 @@ def attention_fwd_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
@@ -149,11 +146,12 @@ def attention_fwd_kernel(
     weight_sum = tl.zeros((BLOCK_T,), tl.float32)
     # u of (4), relative to the row maximum; with a prior log2 u, and the sum of u A0.
     reference_log2 = tl.zeros((BLOCK_T,), tl.float32)
+    BLOCK_DV: tl.constexpr = tile_width(DV)
     # [BLOCK_T, BLOCK_DV]
     acc = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
     value_sum = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
     # [BLOCK_T, BLOCK_D]
-    q = load_tile(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
+    q = load_tile(q_rows, row, D, BLOCK_T, WIDE)
 
     first, full_end, masked = key_blocks(row, bounds, BLOCK_T, BLOCK_S, WEIGHED)
     # The first block and those at the edges of the visible range; the first sets the reference.
@@ -162,8 +160,8 @@ def attention_fwd_kernel(
         # [1, BLOCK_S]
         keys = (key + tl.arange(0, BLOCK_S))[None, :]
         # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
-        k = load_tile(k_rows, key, D, BLOCK_S, BLOCK_D, True, WIDE)
-        v = load_tile(v_rows, key, DV, BLOCK_S, BLOCK_DV, True, WIDE)
+        k = load_tile(k_rows, key, D, BLOCK_S, WIDE)
+        v = load_tile(v_rows, key, DV, BLOCK_S, WIDE)
         # [BLOCK_T, BLOCK_S]
         zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         logits = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
@@ -222,8 +220,8 @@ def attention_fwd_kernel(
     if not WEIGHED:
         # Blocks that every row sees whole.
         for key in tl.range(first + BLOCK_S, full_end, BLOCK_S):
-            k = load_tile(k_rows, key, D, BLOCK_S, BLOCK_D, False, WIDE)
-            v = load_tile(v_rows, key, DV, BLOCK_S, BLOCK_DV, False, WIDE)
+            k = load_tile(k_rows, key, D, BLOCK_S, WIDE, CHECK_ROWS=False)
+            v = load_tile(v_rows, key, DV, BLOCK_S, WIDE, CHECK_ROWS=False)
             # [BLOCK_T, BLOCK_S]
             zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
             scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
@@ -256,21 +254,12 @@ def attention_fwd_kernel(
     prior_sum = 1.0 if UNIFORM_PRIOR else weight_sum[:, None]
     if CENTERED:
         if not WEIGHED:
-            sums_base = block_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * (
-                tl.cdiv(S, SUM_BLOCK) * DV
-            )
+            blocks = tl.cdiv(S, SUM_BLOCK)
+            sum_rows = (None, block_sums_ptr, 0, pid_bh // GROUP, blocks, 0, blocks * DV, DV, 1)
+            # A descriptor is for tiles of BLOCK_S rows.
+            edge_rows = v_rows if SUM_BLOCK == BLOCK_S else (None,) + v_rows[1:]
             value_sum = visible_value_sum(
-                v_rows,
-                sums_base,
-                row,
-                bounds,
-                DV,
-                BLOCK_T,
-                BLOCK_S,
-                BLOCK_DV,
-                SUM_BLOCK,
-                WIDE,
-                DOT_PRECISION,
+                edge_rows, sum_rows, row, bounds, DV, BLOCK_T, SUM_BLOCK, WIDE, DOT_PRECISION
             )
         center = value_sum
         excess = acc - (excess_sum * inverse_weight_sum)[:, None] * value_sum
@@ -287,10 +276,10 @@ def attention_fwd_kernel(
     tl.store(lse_ptr + first_row + offs_t, log2_normalizer * LN_2, mask=inside)
     if excess_ptr is not None:
         excess_rows = (None, excess_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
-        store_tile(excess_rows, row, excess, DV, BLOCK_T, BLOCK_DV, WIDE)
+        store_tile(excess_rows, row, excess, DV, WIDE)
         if center_ptr is not None:
             center_rows = (None, center_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
-            store_tile(center_rows, row, center, DV, BLOCK_T, BLOCK_DV, WIDE)
+            store_tile(center_rows, row, center, DV, WIDE)
         plane = tl.cast(tl.num_programs(0) // tiles, tl.int64) * T
         stats = row_stats_ptr + first_row + offs_t
         tl.store(stats, log2_normalizer, mask=inside)
@@ -306,15 +295,15 @@ def attention_fwd_kernel(
     if HAS_IDENTITY:
         identity_gain = branch_gain * load_gain(gains, gain_strides, GAIN_IS_TENSOR, IDENTITY, head)
         own_rows = (None,) + v_rows[1:]
-        own = load_tile(own_rows, q_offset + row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
+        own = load_tile(own_rows, q_offset + row, DV, BLOCK_T, WIDE)
         out += identity_gain * own.to(tl.float32)
     if residual_ptr is not None:
         skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SKIP, head)
         residual_rows = (None, residual_ptr, batch, head, T) + strides[12:16]
-        residual = load_tile(residual_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
+        residual = load_tile(residual_rows, row, DV, BLOCK_T, WIDE)
         out += skip_gain * residual.to(tl.float32)
     out_rows = (None, out_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
-    store_tile(out_rows, row, out, DV, BLOCK_T, BLOCK_DV, WIDE)
+    store_tile(out_rows, row, out, DV, WIDE)
 
 
 class _Plan(NamedTuple):
@@ -330,55 +319,23 @@ class _Plan(NamedTuple):
 
 
 def _plan(call: Call) -> _Plan:
-    q, k, v, residual, gains, visibility, prior, _ = call
-    B, H, T, D = q.shape
-    HKV, S, DV = k.shape[1], k.shape[2], v.shape[3]
-    attn_mask = visibility.attn_mask
-    arch = launch.architecture(q)
+    q, k, v, residual = call[:4]
+    B, H, T, _ = q.shape
     config = call.config("forward")
-    gain_strides, gain_is_tensor = launch.gain_arguments(gains)
+    programs = triton.cdiv(T, config.block_t) * B * H
+    tensors = (q, k, v, residual)
 
     def forward(is_bounded: bool) -> launch.Launch:
-        return launch.Launch(
-            attention_fwd_kernel,
-            triton.cdiv(T, config.block_t) * B * H,
-            (
-                gain_strides,
-                (*q.stride(), *k.stride(), *v.stride(), *launch.strides(residual)),
-                H,
-                T,
-                S,
-                *visibility_sizes(visibility, T, S),
-            ),
-            config,
-            GROUP=H // HKV,
-            D=D,
-            DV=DV,
-            BLOCK_D=block_width(D),
-            BLOCK_DV=block_width(DV),
-            BLOCK_T=config.block_t,
-            BLOCK_S=config.block_s,
-            SUM_BLOCK=config.sum_block,
-            HAS_IDENTITY=call.has_identity,
-            CENTERED=call.is_centered,
-            GAIN_IS_TENSOR=gain_is_tensor,
-            ADD_LOG2_PRIOR=prior.add_log2,
-            TIMES_PRIOR=prior.times,
-            UNIFORM_PRIOR=prior.is_uniform,
-            BOUNDED=is_bounded,
-            MASKED_STAGES=config.masked_stages,
-            ROW_SUMS=launch.row_sums(config, q.dtype, arch),
-            WIDE=launch.needs_wide_index(config, q, k, v, residual, attn_mask),
-            DOT_PRECISION=launch.dot_precision(q.dtype, arch, D, DV),
+        return launch.Launch.for_call(
+            call, attention_fwd_kernel, programs, config, tensors, BOUNDED=is_bounded
         )
 
     is_weighed = call.weighed_by is not None
-    has_bounded = not is_weighed and _FEWEST_BLOCKS * config.block_s <= S
+    has_bounded = not is_weighed and _FEWEST_BLOCKS * config.block_s <= k.shape[2]
+    tiles = ((q, config.block_t), (k, config.block_s), (v, config.block_s))
     return _Plan(
         ValueBlockSums(v, config) if call.is_centered and not is_weighed else None,
-        launch.Descriptors(
-            config, arch, (q, config.block_t), (k, config.block_s), (v, config.block_s)
-        ),
+        launch.Descriptors(config, launch.architecture(q), *tiles),
         forward(True) if has_bounded else None,
         forward(False),
     )

@@ -28,9 +28,9 @@ def _group_scales(
     gains,
     gain_strides,
     GAIN_IS_TENSOR: tl.constexpr,
-    first_head,
+    kv_head,
     GROUP: tl.constexpr,
-    FP16: tl.constexpr,
+    dtype: tl.constexpr,
     UNIFORM_PRIOR: tl.constexpr,
 ):
     """Common factors under which the heads of one group accumulate dk and dv.
@@ -43,17 +43,17 @@ def _group_scales(
     largest_scale = tl.full((), 0.0, tl.float32)
     largest_weight = tl.full((), 1e-6, tl.float32)
     for member in tl.range(0, GROUP):
-        head = first_head + member
+        head = kv_head * GROUP + member
         scale = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SCALE, head)
         largest_scale = tl.where(tl.abs(scale) > tl.abs(largest_scale), scale, largest_scale)
-        if FP16:
+        if dtype == tl.float16:
             branch_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, BRANCH, head)
             softmax_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SOFTMAX, head)
             center_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, CENTER, head)
             size = tl.abs(branch_gain) * (tl.abs(softmax_gain) + tl.abs(center_gain))
             largest_weight = tl.maximum(largest_weight, size)
     weight_lift = tl.full((), 1.0, tl.float32)
-    if FP16:
+    if dtype == tl.float16:
         lift = 12.0 if UNIFORM_PRIOR else 5.0
         weight_lift = tl.math.exp2(lift - tl.math.ceil(tl.math.log2(largest_weight)))
     return largest_scale, weight_lift
@@ -85,8 +85,6 @@ def attention_bwd_dkdv_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_IDENTITY: tl.constexpr,
@@ -116,22 +114,16 @@ def attention_bwd_dkdv_kernel(
     k_rows = (k_descriptor, k_ptr, batch, kv_head, S) + strides[4:8]
     v_rows = (v_descriptor, v_ptr, batch, kv_head, S) + strides[8:12]
     # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
-    k = load_tile(k_rows, key, D, BLOCK_S, BLOCK_D, True, WIDE)
-    v = load_tile(v_rows, key, DV, BLOCK_S, BLOCK_DV, True, WIDE)
-    dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_S, BLOCK_DV), tl.float32)
+    k = load_tile(k_rows, key, D, BLOCK_S, WIDE)
+    v = load_tile(v_rows, key, DV, BLOCK_S, WIDE)
+    dk = tl.zeros(k.shape, tl.float32)
+    dv = tl.zeros(v.shape, tl.float32)
 
     bounds = load_bounds(visibility, batch, T, S, diagonal)
     key_lo = bounds[2]
     masked_from, full_from = query_blocks(key, bounds, BLOCK_T, BLOCK_S, WEIGHED)
     largest_scale, weight_lift = _group_scales(
-        gains,
-        gain_strides,
-        GAIN_IS_TENSOR,
-        kv_head * GROUP,
-        GROUP,
-        k.dtype == tl.float16,
-        UNIFORM_PRIOR,
+        gains, gain_strides, GAIN_IS_TENSOR, kv_head, GROUP, dtype, UNIFORM_PRIOR
     )
     # First the rows that need a mask, then those that see all keys of the block.
     for phase in tl.static_range(1 if WEIGHED else 2):
@@ -160,8 +152,8 @@ def attention_bwd_dkdv_kernel(
                 exponent = tl.load(row_terms + offs_t)
                 delta = tl.load(row_terms + plane + offs_t)
                 # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
-                q = load_tile(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
-                d_out = load_tile(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
+                q = load_tile(q_rows, row, D, BLOCK_T, WIDE)
+                d_out = load_tile(d_out_rows, row, DV, BLOCK_T, WIDE)
                 if d_out.dtype != dtype:
                     d_out = cast(d_out.to(tl.float32), dtype)
                 # [1, BLOCK_T], [BLOCK_S, 1]
@@ -174,16 +166,7 @@ def attention_bwd_dkdv_kernel(
                 weights = tl.math.exp2(scores - exponent[None, :])
                 if phase == 0:
                     visible = visible_keys(
-                        visibility,
-                        bounds,
-                        batch,
-                        head,
-                        row,
-                        key,
-                        BLOCK_T,
-                        BLOCK_S,
-                        True,
-                        WIDE,
+                        visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, True, WIDE
                     )
                     weights = tl.where(visible, weights, 0.0)
                 value_weights = weights * (sign * weight_lift)
@@ -215,10 +198,10 @@ def attention_bwd_dkdv_kernel(
             identity_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, IDENTITY, head)
             # A descriptor is for tiles of BLOCK_T rows.
             d_out_rows = (None, d_out_ptr, batch, head, T) + strides[12:16]
-            d_out = load_tile(d_out_rows, key - q_offset, DV, BLOCK_S, BLOCK_DV, True, WIDE)
+            d_out = load_tile(d_out_rows, key - q_offset, DV, BLOCK_S, WIDE)
             dv += branch_gain * identity_gain * d_out.to(tl.float32)
     # Gradients are contiguous (B, Hkv, S, ...).
     dk_rows = (None, dk_ptr, 0, pid_bh, S, 0, S * D, D, 1)
     dv_rows = (None, dv_ptr, 0, pid_bh, S, 0, S * DV, DV, 1)
-    store_tile(dk_rows, key, dk, D, BLOCK_S, BLOCK_D, WIDE)
-    store_tile(dv_rows, key, dv, DV, BLOCK_S, BLOCK_DV, WIDE)
+    store_tile(dk_rows, key, dk, D, WIDE)
+    store_tile(dv_rows, key, dv, DV, WIDE)

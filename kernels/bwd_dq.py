@@ -47,8 +47,6 @@ def attention_bwd_dq_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     GAIN_IS_TENSOR: tl.constexpr,
@@ -93,11 +91,11 @@ def attention_bwd_dq_kernel(
         d_prior_sum = tl.load(prior_dots_ptr + first_row + offs_t, mask=inside, other=0.0)
         entries = (tl.zeros((BLOCK_T,), tl.float32),) * PRIOR_ENTRIES
     # [BLOCK_T, BLOCK_D], [BLOCK_T, BLOCK_DV]
-    q = load_tile(q_rows, row, D, BLOCK_T, BLOCK_D, True, WIDE)
-    d_out = load_tile(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
+    q = load_tile(q_rows, row, D, BLOCK_T, WIDE)
+    d_out = load_tile(d_out_rows, row, DV, BLOCK_T, WIDE)
     if d_out.dtype != q.dtype:
         d_out = cast(d_out.to(tl.float32), q.dtype)
-    dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    dq = tl.zeros(q.shape, tl.float32)
 
     # [BLOCK_T, 1]
     positions = (q_offset + offs_t)[:, None]
@@ -113,8 +111,8 @@ def attention_bwd_dq_kernel(
             if phase == 0:
                 key = tl.where(block == 0, first, full_end + (block - 1) * BLOCK_S)
             # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
-            k = load_tile(k_rows, key, D, BLOCK_S, BLOCK_D, phase == 0, WIDE)
-            v = load_tile(v_rows, key, DV, BLOCK_S, BLOCK_DV, phase == 0, WIDE)
+            k = load_tile(k_rows, key, D, BLOCK_S, WIDE, CHECK_ROWS=phase == 0)
+            v = load_tile(v_rows, key, DV, BLOCK_S, WIDE, CHECK_ROWS=phase == 0)
             # [1, BLOCK_S]
             keys = (key + tl.arange(0, BLOCK_S))[None, :]
             # [BLOCK_T, BLOCK_S]
@@ -148,4 +146,4 @@ def attention_bwd_dq_kernel(
             table = d_table_ptr + entry * heads * T + first_row + offs_t
             tl.store(table, entries[entry], mask=inside)
     dq_rows = (None, dq_ptr, 0, pid_bh, T, 0, T * D, D, 1)
-    store_tile(dq_rows, row, scale * dq, D, BLOCK_T, BLOCK_D, WIDE)
+    store_tile(dq_rows, row, scale * dq, D, WIDE)

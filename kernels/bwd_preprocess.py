@@ -46,7 +46,6 @@ def attention_bwd_preprocess_kernel(
     diagonal,
     GROUP: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
     HAS_IDENTITY: tl.constexpr,
@@ -67,7 +66,7 @@ def attention_bwd_preprocess_kernel(
     kv_head = head // GROUP
     # Saved tensors are contiguous (B, H, T, ...).
     first_row = tl.cast(pid_bh, tl.int64) * T
-    plane = tl.cast(tl.num_programs(0) // tiles, tl.int64) * T
+    heads = tl.cast(tl.num_programs(0) // tiles, tl.int64)
     # [BLOCK_T]
     offs_t = row + tl.arange(0, BLOCK_T)
     inside = offs_t < T
@@ -81,41 +80,27 @@ def attention_bwd_preprocess_kernel(
     # [BLOCK_T]
     stats = row_stats_ptr + first_row + offs_t
     log2_normalizer = tl.load(stats, mask=inside, other=-float("inf"))
-    weight_sum = tl.load(stats + plane, mask=inside, other=0.0)
+    weight_sum = tl.load(stats + heads * T, mask=inside, other=0.0)
     inverse_weight_sum = tl.where(weight_sum > 0.0, 1.0 / tl.maximum(weight_sum, 1e-30), 0.0)
 
     # [BLOCK_T, BLOCK_DV]
     d_out_rows = (None, d_out_ptr, batch, head, T) + strides[8:12]
-    d_out = load_tile(d_out_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
+    d_out = load_tile(d_out_rows, row, DV, BLOCK_T, WIDE)
     d_out = d_out.to(tl.float32)
     excess_rows = (None, excess_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
-    softmax_part = load_tile(excess_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE).to(tl.float32)
+    softmax_part = load_tile(excess_rows, row, DV, BLOCK_T, WIDE).to(tl.float32)
     if CENTERED:
         if center_ptr is not None:
             center_rows = (None, center_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
-            center = load_tile(center_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
+            center = load_tile(center_rows, row, DV, BLOCK_T, WIDE)
         else:
             bounds = load_bounds(visibility, batch, T, S, diagonal)
-            sums_base = block_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * (
-                tl.cdiv(S, SUM_BLOCK) * DV
-            )
+            blocks = tl.cdiv(S, SUM_BLOCK)
+            sum_rows = (None, block_sums_ptr, 0, pid_bh // GROUP, blocks, 0, blocks * DV, DV, 1)
             center = inverse_weight_sum[:, None] * visible_value_sum(
-                v_rows,
-                sums_base,
-                row,
-                bounds,
-                DV,
-                BLOCK_T,
-                SUM_BLOCK,
-                BLOCK_DV,
-                SUM_BLOCK,
-                WIDE,
-                DOT_PRECISION,
+                v_rows, sum_rows, row, bounds, DV, BLOCK_T, SUM_BLOCK, WIDE, DOT_PRECISION
             )
-        if UNIFORM_PRIOR:
-            softmax_part += center
-        else:
-            softmax_part += center * inverse_weight_sum[:, None]
+        softmax_part += center if UNIFORM_PRIOR else center * inverse_weight_sum[:, None]
     # D of the formula: 1 for a prior whose rows sum to 1.
     prior_sum = tl.where(weight_sum > 0.0, 1.0, 0.0) if UNIFORM_PRIOR else weight_sum
 
@@ -134,7 +119,6 @@ def attention_bwd_preprocess_kernel(
         d_lse = tl.load(d_lse_ptr + first_row + offs_t, mask=inside, other=0.0).to(tl.float32)
         delta -= d_lse / size
     center_weight = center_gain * (inverse_weight_sum if UNIFORM_PRIOR else 1.0)
-    heads = tl.cast(tl.num_programs(0) // tiles, tl.int64)
     terms_plane = heads * aligned_rows(T)
     terms = row_terms_ptr + tl.cast(pid_bh, tl.int64) * aligned_rows(T) + offs_t
     exponent = tl.where(has_weight, log2_normalizer - tl.math.log2(size), float("inf"))
@@ -146,13 +130,13 @@ def attention_bwd_preprocess_kernel(
         skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SKIP, head)
     if d_residual_ptr is not None:
         d_residual_rows = (None, d_residual_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
-        store_tile(d_residual_rows, row, skip_gain * d_out, DV, BLOCK_T, BLOCK_DV, WIDE)
+        store_tile(d_residual_rows, row, skip_gain * d_out, DV, WIDE)
     if gain_dots_ptr is not None:
         # One slot per gain, head and tile: (4, B, H, tiles), summed afterwards in a fixed order.
         slot = gain_dots_ptr + tl.cast(pid_bh, tl.int64) * tiles + pid_t
         slots = tl.cast(tl.num_programs(0), tl.int64)
         if HAS_IDENTITY:
-            own = load_tile(v_rows, q_offset + row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
+            own = load_tile(v_rows, q_offset + row, DV, BLOCK_T, WIDE)
             tl.store(slot, tl.sum(d_out * own.to(tl.float32)))
         else:
             tl.store(slot, 0.0)
@@ -164,7 +148,7 @@ def attention_bwd_preprocess_kernel(
             tl.store(slot + 2 * slots, 0.0)
         if residual_ptr is not None:
             residual_rows = (None, residual_ptr, batch, head, T) + strides[4:8]
-            residual = load_tile(residual_rows, row, DV, BLOCK_T, BLOCK_DV, True, WIDE)
+            residual = load_tile(residual_rows, row, DV, BLOCK_T, WIDE)
             tl.store(slot + 3 * slots, tl.sum(d_out * residual.to(tl.float32)))
         else:
             tl.store(slot + 3 * slots, 0.0)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import triton
 from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import TileConfig, block_width, overriding_config
+from .primitives import INTERPRETED
+from .visibility import visibility_sizes
 
 if TYPE_CHECKING:
     from .attention import Call
@@ -24,9 +26,7 @@ _INT32_MAX = 2**31 - 1
 
 def is_interpreted() -> bool:
     """Whether the kernels run under Triton's interpreter (`TRITON_INTERPRET=1` at import)."""
-    from . import primitives
-
-    return not isinstance(primitives.cast, triton.JITFunction)
+    return INTERPRETED.value
 
 
 @functools.lru_cache
@@ -150,6 +150,52 @@ class Launch:
         if config.max_registers is not None:
             self.options["maxnreg"] = config.max_registers
         self.compiled = None
+
+    @classmethod
+    def for_call(
+        cls,
+        call: Call,
+        kernel: Any,
+        programs: int,
+        config: TileConfig,
+        tensors: tuple[torch.Tensor | None, ...],
+        **constants: Any,
+    ) -> Launch:
+        """Launch of a kernel that reads `tensors` of a call and takes their strides.
+
+        Of the constants here and of `constants` it gets those that are among its parameters.
+        """
+        q, _, v, _, gains, visibility, prior, _ = call
+        H, T, D = q.shape[1:]
+        HKV, S, DV = v.shape[1:]
+        gain_strides, gain_is_tensor = gain_arguments(gains)
+        tensor_strides = tuple(itertools.chain.from_iterable(map(strides, tensors)))
+        constants |= {
+            "GROUP": H // HKV,
+            "D": D,
+            "DV": DV,
+            "BLOCK_T": config.block_t,
+            "BLOCK_S": config.block_s,
+            "SUM_BLOCK": config.sum_block,
+            "MASKED_STAGES": config.masked_stages,
+            "ROW_SUMS": row_sums(config, q.dtype, architecture(q)),
+            "HAS_IDENTITY": call.has_identity,
+            "CENTERED": call.is_centered,
+            "GAIN_IS_TENSOR": gain_is_tensor,
+            "ADD_LOG2_PRIOR": prior.add_log2,
+            "TIMES_PRIOR": prior.times,
+            "ACCUMULATE_PRIOR": prior.accumulate,
+            "UNIFORM_PRIOR": prior.is_uniform,
+            "WIDE": needs_wide_index(config, *tensors, visibility.attn_mask),
+            "DOT_PRECISION": dot_precision(q.dtype, architecture(q), D, DV),
+        }
+        return cls(
+            kernel,
+            programs,
+            (gain_strides, tensor_strides, H, T, S, *visibility_sizes(visibility, T, S)),
+            config,
+            **{name: constants[name] for name in kernel.arg_names if name in constants},
+        )
 
     def __call__(self, *varying: Any) -> None:
         arguments = (*varying, *self.fixed)

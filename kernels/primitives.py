@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from .configs import block_width
+
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -72,6 +74,8 @@ def index(BLOCK: tl.constexpr, WIDE: tl.constexpr):
     return offs
 
 
+tile_width = triton.constexpr_function(block_width)
+
 # A matrix, of one batch entry and head of a tensor (B, H, rows, columns), is a tuple: descriptor of
 # the tensor or None, its pointer, batch, head, number of rows, its four strides.
 
@@ -93,11 +97,11 @@ def load_tile(
     row,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
     WIDE: tl.constexpr,
+    CHECK_ROWS: tl.constexpr = True,
 ):
     """Rows `row .. row + ROWS - 1` of a matrix, 0 outside it and past WIDTH."""
+    COLS: tl.constexpr = tile_width(WIDTH)
     if matrix[0] is not None:
         tile = matrix[0].load([matrix[2], matrix[3], row, 0]).reshape(ROWS, COLS)
     else:
@@ -118,16 +122,10 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    matrix,
-    row,
-    tile,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Write `tile` to rows `row .. row + ROWS - 1`, nothing past the matrix and WIDTH."""
+def store_tile(matrix, row, tile, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """Write `tile` to the rows from `row` on, nothing past the matrix and WIDTH."""
+    ROWS: tl.constexpr = tile.shape[0]
+    COLS: tl.constexpr = tile.shape[1]
     in_rows = row + tl.arange(0, ROWS) < matrix[4]
     mask = in_rows[:, None] & (tl.arange(0, COLS) < WIDTH)[None, :]
     pointers = tile_pointers(matrix, row, ROWS, COLS, WIDE)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .configs import TileConfig, block_width
-from .primitives import cast, dot, load_tile
+from .configs import TileConfig
+from .primitives import cast, dot, load_tile, tile_width
 
 _BLOCKS_AT_ONCE = tl.constexpr(16)
 
@@ -21,7 +21,6 @@ def value_block_sums_kernel(
     HKV,
     S,
     DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -31,10 +30,10 @@ def value_block_sums_kernel(
     pid_bh = pid // blocks
     v_rows = (None, v_ptr, pid_bh // HKV, pid_bh % HKV, S) + v_strides
     # [SUM_BLOCK, BLOCK_DV]
-    v = load_tile(v_rows, pid_s * SUM_BLOCK, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
+    v = load_tile(v_rows, pid_s * SUM_BLOCK, DV, SUM_BLOCK, WIDE)
     # [BLOCK_DV]
     total = tl.sum(v.to(tl.float32), 0)
-    offs_d = tl.arange(0, BLOCK_DV)
+    offs_d = tl.arange(0, tile_width(DV))
     tl.store(sums_ptr + tl.cast(pid, tl.int64) * DV + offs_d, total, mask=offs_d < DV)
 
 
@@ -54,7 +53,6 @@ class ValueBlockSums:
             (v.stride(), HKV, S),
             config,
             DV=DV,
-            BLOCK_DV=block_width(DV),
             SUM_BLOCK=config.sum_block,
             WIDE=launch.needs_wide_index(config, v),
         )
@@ -68,24 +66,22 @@ class ValueBlockSums:
 @triton.jit
 def visible_value_sum(
     v_rows,
-    sums_base,
+    sum_rows,
     row,
     bounds,
     DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
     """Sum of v over the keys that each of the rows `row .. row + BLOCK_T - 1` sees.
 
-    Blocks that every row sees come from the block sums; those at the edges of the visible range
-    from a product with ones, which are exact in every dtype.
+    Blocks that every row sees come from the block sums, the matrix `sum_rows`; those at the edges
+    of the visible range from a product with ones, which are exact in every dtype.
     """
     T, S, key_lo, key_hi, diagonal = bounds
-    offs_d = tl.arange(0, BLOCK_DV)
+    BLOCK_DV: tl.constexpr = tile_width(DV)
     end = tl.minimum(key_hi, tl.minimum(row + BLOCK_T, T) - 1 + diagonal)
     first = key_lo // SUM_BLOCK
     full = tl.cdiv(key_lo, SUM_BLOCK)
@@ -93,12 +89,9 @@ def visible_value_sum(
 
     # [BLOCK_DV]
     whole = tl.zeros((BLOCK_DV,), tl.float32)
+    whole_rows = sum_rows[0:4] + (full_end,) + sum_rows[5:]
     for block in tl.range(full, full_end, _BLOCKS_AT_ONCE):
-        offs_b = block + tl.arange(0, _BLOCKS_AT_ONCE)
-        inside = (offs_b < full_end)[:, None] & (offs_d < DV)[None, :]
-        # [_BLOCKS_AT_ONCE, BLOCK_DV]
-        pointers = sums_base + offs_b[:, None].to(tl.int64) * DV + offs_d[None, :]
-        whole += tl.sum(tl.load(pointers, mask=inside, other=0.0), 0)
+        whole += tl.sum(load_tile(whole_rows, block, DV, _BLOCKS_AT_ONCE, WIDE), 0)
 
     # [BLOCK_T, BLOCK_DV]
     total = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32) + whole[None, :]
@@ -108,11 +101,7 @@ def visible_value_sum(
         key = tl.where(edge < head_edge, first + edge, full_end + edge - head_edge) * SUM_BLOCK
         offs_s = key + tl.arange(0, SUM_BLOCK)
         # [SUM_BLOCK, BLOCK_DV]
-        if SUM_BLOCK == BLOCK_S:
-            v = load_tile(v_rows, key, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
-        else:
-            # A descriptor is for tiles of BLOCK_S rows.
-            v = load_tile((None,) + v_rows[1:], key, DV, SUM_BLOCK, BLOCK_DV, True, WIDE)
+        v = load_tile(v_rows, key, DV, SUM_BLOCK, WIDE)
         # The first row that sees a key: a column of the tile is one thread's, and rows are many.
         in_range = (offs_s >= key_lo) & (offs_s < key_hi)
         from_row = tl.where(in_range, offs_s - diagonal - row + 1, BLOCK_T)
