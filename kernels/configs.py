@@ -92,12 +92,12 @@ _INTERPRETER = TileConfig(32, 32, 1, 1, sum_block=16, use_descriptors=False)
 # wgmma, in every variant of the gate; its speed is not measured.
 _Tiles = dict[str, dict[int, TileConfig | tuple[int, ...]]]
 
+_ONE_STAGE = partial(TileConfig, masked_stages=1)
+_POINTERS = partial(TileConfig, use_descriptors=False)
+_H100 = partial(_ONE_STAGE, measured_on="H100")
+
 _SM80_16BIT: _Tiles = {
-    "forward": {
-        64: TileConfig(128, 64, 8, 3, masked_stages=1),
-        128: (64, 64, 8, 2),
-        256: (32, 32, 8, 1),
-    },
+    "forward": {64: _ONE_STAGE(128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     "forward weighed": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     "forward prior": {64: (64, 16, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
     "preprocess": {64: (128, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
@@ -107,12 +107,11 @@ _SM80_16BIT: _Tiles = {
     "dq prior": {128: (16, 64, 8, 1)},
     "dq weighed": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
-_H100 = partial(TileConfig, masked_stages=1, measured_on="H100")
 _SM90_16BIT: _Tiles = {
     "forward": {
         64: _H100(128, 64, 8, 3, row_sums="product", max_registers=128),
         128: _H100(64, 64, 4, 3),
-        256: TileConfig(64, 64, 8, 2, masked_stages=1),
+        256: _ONE_STAGE(64, 64, 8, 2),
     },
     "forward plain": {128: _H100(128, 64, 8, 3, row_sums="product")},
     "forward weighed": {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
@@ -121,7 +120,7 @@ _SM90_16BIT: _Tiles = {
     "dkdv": {
         64: _H100(64, 64, 4, 2, max_registers=168),
         128: _H100(64, 64, 4, 2),
-        256: TileConfig(32, 32, 8, 1, use_descriptors=False),
+        256: _POINTERS(32, 32, 8, 1),
     },
     "dkdv weighed": {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
     "dkdv prior": {64: (32, 64, 8, 2), 128: (16, 64, 8, 2)},
@@ -134,21 +133,13 @@ _SM90_16BIT: _Tiles = {
     "dq prior": {64: (64, 32, 8, 2), 128: (128, 32, 8, 2)},
 }
 _SM100_16BIT: _Tiles = {
-    "forward": {
-        64: TileConfig(64, 64, 4, 3, masked_stages=1),
-        128: (128, 64, 8, 3),
-        256: (64, 32, 8, 1),
-    },
+    "forward": {64: _ONE_STAGE(64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
     "forward weighed": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     "forward prior": {64: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
     # Tiles of 64 rows here make Triton 3.6 stop in TritonNvidiaGPUOptimizeTMemLayoutsPass.
     "preprocess": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
     "preprocess prior": {64: (32, 64, 8, 1)},
-    "dkdv": {
-        64: TileConfig(32, 64, 4, 2, masked_stages=1),
-        128: (32, 64, 8, 2),
-        256: TileConfig(32, 32, 8, 1, use_descriptors=False),
-    },
+    "dkdv": {64: _ONE_STAGE(32, 64, 4, 2), 128: (32, 64, 8, 2), 256: _POINTERS(32, 32, 8, 1)},
     "dkdv weighed": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
     "dq": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
     "dq prior": {64: (64, 64, 8, 2), 128: (64, 32, 8, 1)},
@@ -188,7 +179,6 @@ _GFX942_32BIT: _Tiles = {
     "dkdv": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
     "dkdv weighed": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
     "dq": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-    "dq weighed": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 _TABLES: dict[tuple[int | str, int], _Tiles] = {
     (80, 2): _SM80_16BIT,
