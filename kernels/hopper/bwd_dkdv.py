@@ -1,0 +1,513 @@
+"""Gradients of k and v on Hopper: consumer warpgroups of 64 keys each, a warp that loads for them.
+
+The keys and values of a program stay. Tiles of queries pass by, each with its rows of d_out and its
+row terms, head after head of the group. All products are transposed, S^T = K q^T and dP^T = V dO^T:
+W^T and dS^T are then left operands, straight from registers, of dv += W^T dO and dk += dS^T q.
+
+Barriers, all in one array; the parities of a stage count the tiles (`step`) of this program:
+
+  K_FULL, V_FULL               once
+  Q_FULL, D_OUT_FULL [stage]   queries and their row terms; d_out
+  EMPTY [stage]                free once per consumer
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..primitives import BRANCH, CENTER, IDENTITY, LOG2_E, SCALE, SOFTMAX, head_base
+from ..visibility import load_bounds
+from .primitives import (
+    ROWS,
+    Gains,
+    accumulator,
+    barrier,
+    before,
+    gain_of,
+    left_operand,
+    place,
+    sign_of,
+    tma_load,
+    tma_store,
+)
+
+
+class DkdvShape(NamedTuple):
+    """What the kernel is compiled for.
+
+    Attributes:
+        consumers: warpgroups, of 64 keys each.
+        block_t, stages: queries of a tile, and how many tiles are in flight.
+        width: columns of all tiles.
+        dtype: of q, k and v.
+        is_causal, is_centered, has_identity: which terms there are.
+        group: query heads of a key head.
+        gain_is_tensor: which gains are.
+    """
+
+    consumers: int
+    block_t: int
+    stages: int
+    width: int
+    dtype: gl.dtype
+    is_causal: bool
+    is_centered: bool
+    has_identity: bool
+    group: int
+    gain_is_tensor: tuple[bool, ...]
+
+    @property
+    def block_s(self) -> int:
+        """Keys of a program."""
+        return 64 * self.consumers
+
+    @property
+    def terms(self) -> int:
+        """Row terms that are read: t, delta / |b| and, if centred, c / n."""
+        return 3 if self.is_centered else 2
+
+    @property
+    def has_units(self) -> bool:
+        """Whether the heads of a group scale what they add to dk, each in its own way."""
+        return self.group > 1 and self.gain_is_tensor[SCALE.value]
+
+    @property
+    def lifts_weights(self) -> bool:
+        """Whether weights of order 1 / n are scaled before they are rounded."""
+        return self.dtype == gl.float16
+
+    @property
+    def signs_dv(self) -> bool:
+        """Whether the sign of the weights can wait until dv is summed."""
+        return self.group == 1 and not self.is_centered and not self.lifts_weights
+
+    @property
+    def scores(self) -> gl.NVMMADistributedLayout:
+        """Layout of a tile of scores, [ROWS, block_t]."""
+        return accumulator(self.block_t)
+
+    @property
+    def outputs(self) -> gl.NVMMADistributedLayout:
+        """Layout of dk and dv, [ROWS, width]."""
+        return accumulator(self.width)
+
+    @property
+    def weights(self) -> gl.DotOperandLayout:
+        """Layout of the left operand of dk and dv."""
+        return left_operand(self.width)
+
+
+class Descriptors(NamedTuple):
+    """Tensors that TMA reads and writes."""
+
+    q: object
+    k: object
+    v: object
+    d_out: object
+    row_terms: object
+    dk: object
+    dv: object
+
+
+class Memory(NamedTuple):
+    """Shared memory: k, then v; q, then d_out; row terms; barriers."""
+
+    keys: gl.shared_memory_descriptor
+    queries: gl.shared_memory_descriptor
+    terms: gl.shared_memory_descriptor
+    bars: gl.shared_memory_descriptor
+
+
+class Sizes(NamedTuple):
+    """Numbers of the launch; DV: columns of d_out."""
+
+    H: gl.tensor
+    T: gl.tensor
+    S: gl.tensor
+    DV: gl.tensor
+    q_offset: gl.tensor
+    diagonal: gl.tensor
+    heads_together: gl.tensor
+
+
+class Inputs(NamedTuple):
+    """All that every partition is given; d_out_ptr: the gradient of out before any rounding."""
+
+    descriptors: Descriptors
+    d_out_ptr: gl.tensor
+    d_out_strides: tuple
+    visibility: tuple
+    gains: Gains
+    sizes: Sizes
+    memory: Memory
+
+
+class Place(NamedTuple):
+    """Keys of a program: batch, head, first key, the range that is seen at all.
+
+    Tiles `first` to `tiles - 1` of the queries of each head see some of them.
+    """
+
+    batch: gl.tensor
+    key_head: gl.tensor
+    key: gl.tensor
+    key_lo: gl.tensor
+    key_hi: gl.tensor
+    first: gl.tensor
+    tiles: gl.tensor
+
+
+class Factors(NamedTuple):
+    """What one head multiplies by: scores; dP and delta in dS; r and c / n in W."""
+
+    logit: gl.tensor
+    d_weight: gl.tensor
+    delta: gl.tensor
+    weight: gl.tensor
+    center: gl.tensor
+
+
+# --------------------------------------------------------------------------- barriers and places
+K_FULL = gl.constexpr(0)
+V_FULL = gl.constexpr(1)
+Q_FULL = gl.constexpr(0)
+D_OUT_FULL = gl.constexpr(1)
+EMPTY = gl.constexpr(2)
+# Planes of the row terms.
+EXPONENT = gl.constexpr(0)
+DELTA = gl.constexpr(1)
+CENTER_WEIGHT = gl.constexpr(2)
+
+
+@gluon.jit
+def _ring(bars, KIND: gl.constexpr, step, C: gl.constexpr):
+    """Barrier of the stage of a tile."""
+    return bars.index(step % C.stages + (2 + KIND * C.stages))
+
+
+@gluon.jit
+def _place(visibility, sizes, C: gl.constexpr):
+    head, number = place(
+        gl.program_id(0), gl.cdiv(sizes.S, C.block_s), sizes.heads_together, C.is_causal, False
+    )
+    key = number * C.block_s
+    key_heads = sizes.H // C.group
+    batch = head // key_heads
+    T, S, key_lo, key_hi, diagonal = load_bounds(
+        visibility, batch, sizes.T, sizes.S, sizes.diagonal
+    )
+    tiles = gl.cdiv(T, C.block_t)
+    first = 0
+    if C.is_causal:
+        first = gl.minimum(gl.maximum(gl.maximum(key, key_lo) + 1 - diagonal, 0), T) // C.block_t
+    first = gl.where((key < key_hi) & (key + C.block_s > key_lo), first, tiles)
+    return Place(batch, head % key_heads, key, key_lo, key_hi, first, tiles)
+
+
+# ------------------------------------------------------------------------------------- producer
+@gluon.jit
+def _load_keys(descriptor, where, full, keys, FIRST: gl.constexpr, C: gl.constexpr):
+    mbarrier.expect(full, C.consumers * descriptor.block_type.nbytes)
+    for c in gl.static_range(C.consumers):
+        at = [where.batch, where.key_head, where.key + c * ROWS, 0]
+        tma_load(descriptor, at, full, keys.index(FIRST + c))
+
+
+@gluon.jit
+def _producer(inputs, c: gl.constexpr, C: gl.constexpr):
+    descriptors = inputs.descriptors
+    memory = inputs.memory
+    bars = memory.bars
+    where = _place(inputs.visibility, inputs.sizes, C)
+    q_bytes: gl.constexpr = descriptors.q.block_type.nbytes
+    term_bytes: gl.constexpr = descriptors.row_terms.block_type.nbytes
+    if where.first < where.tiles:
+        _load_keys(descriptors.k, where, bars.index(K_FULL), memory.keys, 0, C)
+    step = 0
+    for member in range(C.group):
+        head = where.key_head * C.group + member
+        for tile in range(where.first, where.tiles):
+            row = tile * C.block_t
+            stage = step % C.stages
+            full = _ring(bars, Q_FULL, step, C)
+            mbarrier.wait(_ring(bars, EMPTY, step, C), (step // C.stages & 1) ^ 1)
+            mbarrier.expect(full, q_bytes + C.terms * term_bytes)
+            tma_load(descriptors.q, [where.batch, head, row, 0], full, memory.queries.index(stage))
+            for plane in gl.static_range(C.terms):
+                at = [plane, where.batch * inputs.sizes.H + head, row]
+                tma_load(
+                    descriptors.row_terms, at, full, memory.terms.index(C.terms * stage + plane)
+                )
+            if step == 0:
+                _load_keys(descriptors.v, where, bars.index(V_FULL), memory.keys, C.consumers, C)
+            full = _ring(bars, D_OUT_FULL, step, C)
+            mbarrier.expect(full, descriptors.d_out.block_type.nbytes)
+            d_out = memory.queries.index(C.stages + stage)
+            tma_load(descriptors.d_out, [where.batch, head, row, 0], full, d_out)
+            step += 1
+
+
+# ------------------------------------------------------------------------------------- consumer
+@gluon.jit
+def _largest_weight(gains, head, C: gl.constexpr):
+    """The most that a weight W can be under the uniform prior."""
+    size = gl.abs(gain_of(gains, SOFTMAX, head, C)) + gl.abs(gain_of(gains, CENTER, head, C))
+    return size * gl.abs(gain_of(gains, BRANCH, head, C))
+
+
+@gluon.jit
+def _group_scales(gains, key_head, C: gl.constexpr):
+    """Common factors under which the heads of one group accumulate dk and dv.
+
+    Returns the scale of largest size, and the power of two that lifts weights of order 1/n out of
+    float16's subnormal range, leaving a factor of 16 to overflow.
+    """
+    first = key_head * C.group
+    largest_scale = gain_of(gains, SCALE, first, C)
+    if C.has_units:
+        for member in range(1, C.group):
+            scale = gain_of(gains, SCALE, first + member, C)
+            largest_scale = gl.where(gl.abs(scale) > gl.abs(largest_scale), scale, largest_scale)
+    weight_lift = 1.0
+    if C.lifts_weights:
+        largest_weight = _largest_weight(gains, first, C)
+        for member in range(1, C.group):
+            largest_weight = gl.maximum(largest_weight, _largest_weight(gains, first + member, C))
+        weight_lift = gl.exp2(12.0 - gl.ceil(gl.log2(gl.maximum(largest_weight, 1e-6))))
+    return largest_scale, weight_lift
+
+
+@gluon.jit
+def _factors(gains, head, largest_scale, weight_lift, C: gl.constexpr):
+    scale = gain_of(gains, SCALE, head, C)
+    sign = sign_of(gains, head, C)
+    unit = scale
+    d_weight = sign
+    if C.has_units:
+        # The heads of a group share one accumulator in units of the largest scale.
+        unit = gl.where(largest_scale == 0.0, 0.0, scale / largest_scale)
+        d_weight = sign * unit
+    return Factors(LOG2_E * scale, d_weight, unit, sign * weight_lift, weight_lift)
+
+
+@gluon.jit
+def _row_term(terms, PLANE: gl.constexpr, stage, C: gl.constexpr):
+    """One of the terms of the queries of a stage: [1, block_t]."""
+    return terms.index(C.terms * stage + PLANE).reshape([1, C.block_t]).load(C.scores)
+
+
+@gluon.jit
+def _hidden(seen_from, C: gl.constexpr):
+    """Which queries do not see each key, if the first key is seen from `seen_from` on."""
+    keys = gl.arange(0, ROWS, gl.SliceLayout(1, C.scores))
+    return before(keys + seen_from, C.block_t, C.scores)
+
+
+@gluon.jit
+def _step(
+    dk,
+    dv,
+    memory,
+    factors,
+    step,
+    seen_from,
+    c: gl.constexpr,
+    C: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Add a tile of queries to dk and dv. Key 0 of the consumer is seen from query seen_from on."""
+    stage = step % C.stages
+    parity = step // C.stages & 1
+    # 0, but the addresses of k and v are then formed here, not kept in registers.
+    zero = step >> 30
+    k = memory.keys.index(c + zero).reshape([ROWS, C.width])
+    v = memory.keys.index(C.consumers + c + zero).reshape([ROWS, C.width])
+    q = memory.queries.index(stage).reshape([C.block_t, C.width])
+    d_out = memory.queries.index(C.stages + stage).reshape([C.block_t, C.width])
+    # [ROWS, block_t]
+    zeros = gl.zeros([ROWS, C.block_t], gl.float32, C.scores)
+
+    mbarrier.wait(_ring(memory.bars, Q_FULL, step, C), parity)
+    scores = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(_ring(memory.bars, D_OUT_FULL, step, C), parity)
+    d_weights = warpgroup_mma(v, d_out.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    exponent = _row_term(memory.terms, EXPONENT, stage, C)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    weights = gl.exp2(scores * factors.logit - exponent)
+    value_weights = weights
+    if not C.signs_dv:
+        value_weights = weights * factors.weight
+    if C.is_centered:
+        center_weight = _row_term(memory.terms, CENTER_WEIGHT, stage, C)
+        if C.lifts_weights:
+            center_weight *= factors.center
+        value_weights -= center_weight
+    if MASKED:
+        hidden = _hidden(seen_from, C)
+        weights = gl.where(hidden, 0.0, weights)
+        value_weights = gl.where(hidden, 0.0, value_weights)
+    value_weights = gl.convert_layout(value_weights.to(C.dtype), C.weights)
+    dv = warpgroup_mma(value_weights, d_out, dv, is_async=True)
+    d_weights = warpgroup_mma_wait(1, deps=[d_weights])
+    delta = _row_term(memory.terms, DELTA, stage, C)
+    if C.has_units:
+        delta *= factors.delta
+    d_scores = weights * (factors.d_weight * d_weights - delta)
+    d_scores = gl.convert_layout(d_scores.to(C.dtype), C.weights)
+    dk = warpgroup_mma(d_scores, q, dk, is_async=True)
+    dk, dv, value_weights, d_scores = warpgroup_mma_wait(0, deps=[dk, dv, value_weights, d_scores])
+    mbarrier.arrive(_ring(memory.bars, EMPTY, step, C), count=1)
+    return dk, dv
+
+
+@gluon.jit
+def _add_identity(dv, inputs, where, key, C: gl.constexpr):
+    """Add what the queries at the positions of the keys give to dv directly."""
+    sizes = inputs.sizes
+    strides = inputs.d_out_strides
+    rows = key - sizes.q_offset + gl.arange(0, ROWS, gl.SliceLayout(1, C.outputs))
+    columns = gl.arange(0, C.width, gl.SliceLayout(0, C.outputs))
+    inside = ((rows >= 0) & (rows < sizes.T))[:, None] & (columns < sizes.DV)[None, :]
+    offsets = rows.to(gl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
+    for member in range(C.group):
+        head = where.key_head * C.group + member
+        factor = gain_of(inputs.gains, BRANCH, head, C)
+        factor *= gain_of(inputs.gains, IDENTITY, head, C)
+        base = head_base(inputs.d_out_ptr, where.batch, head, strides)
+        dv += factor * gl.load(base + offsets, mask=inside, other=0.0).to(gl.float32)
+    return dv
+
+
+@gluon.jit
+def _consumer(inputs, c: gl.constexpr, C: gl.constexpr):
+    memory = inputs.memory
+    diagonal = inputs.sizes.diagonal
+    where = _place(inputs.visibility, inputs.sizes, C)
+    key = where.key + c * ROWS
+    largest_scale, weight_lift = _group_scales(inputs.gains, where.key_head, C)
+    count = where.tiles - where.first
+    # The diagonal crosses tiles before `masked`.
+    masked = where.first
+    if C.is_causal:
+        masked = gl.cdiv(gl.maximum(key + ROWS - diagonal, 0), C.block_t)
+        masked = gl.minimum(gl.maximum(masked, where.first), where.tiles)
+    dk = gl.zeros([ROWS, C.width], gl.float32, C.outputs)
+    dv = gl.zeros([ROWS, C.width], gl.float32, C.outputs)
+    if count > 0:
+        mbarrier.wait(memory.bars.index(K_FULL), 0)
+        mbarrier.wait(memory.bars.index(V_FULL), 0)
+    for member in range(C.group):
+        factors = _factors(
+            inputs.gains, where.key_head * C.group + member, largest_scale, weight_lift, C
+        )
+        start = member * count - where.first
+        if C.is_causal:
+            for tile in range(where.first, masked):
+                # In the tile, the first query that sees the first key.
+                seen_from = key + 1 - diagonal - tile * C.block_t
+                dk, dv = _step(dk, dv, memory, factors, start + tile, seen_from, c, C, True)
+        for tile in range(masked, where.tiles):
+            dk, dv = _step(dk, dv, memory, factors, start + tile, 0, c, C, False)
+
+    # Keys out of range took part so far: each fills a row of its own.
+    keys = key + gl.arange(0, ROWS, gl.SliceLayout(1, C.outputs))
+    inside = ((keys >= where.key_lo) & (keys < where.key_hi))[:, None]
+    barrier()  # all warps have multiplied by k and v, whose place dk and dv take
+    k_tile = memory.keys.index(c)
+    v_tile = memory.keys.index(C.consumers + c)
+    dk = gl.where(inside, largest_scale * dk, 0.0)
+    k_tile.reshape([ROWS, C.width]).store(dk.to(C.dtype))
+    if C.signs_dv:
+        dv *= sign_of(inputs.gains, where.key_head, C)
+    elif C.lifts_weights:
+        dv *= 1.0 / weight_lift
+    dv = gl.where(inside, dv, 0.0)
+    if C.has_identity:
+        dv = _add_identity(dv, inputs, where, key, C)
+    v_tile.reshape([ROWS, C.width]).store(dv.to(C.dtype))
+    fence_async_shared()
+    barrier()
+    tma_store(inputs.descriptors.dk, [where.batch, where.key_head, key, 0], k_tile)
+    tma_store(inputs.descriptors.dv, [where.batch, where.key_head, key, 0], v_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["H", "T", "S", "DV", "q_offset", "diagonal", "heads_together"])
+def attention_bwd_dkdv_kernel(
+    q,
+    k,
+    v,
+    d_out,
+    row_terms,
+    dk,
+    dv,
+    d_out_ptr,
+    visibility,
+    gains,
+    gain_strides,
+    d_out_strides,
+    H,
+    T,
+    S,
+    DV,
+    q_offset,
+    diagonal,
+    heads_together,
+    C: gl.constexpr,
+):
+    memory = Memory(
+        gl.allocate_shared_memory(C.dtype, [2 * C.consumers, 1, 1, ROWS, C.width], k.layout),
+        gl.allocate_shared_memory(C.dtype, [2 * C.stages, 1, 1, C.block_t, C.width], q.layout),
+        gl.allocate_shared_memory(
+            gl.float32, [C.terms * C.stages, 1, 1, C.block_t], row_terms.layout
+        ),
+        gl.allocate_shared_memory(gl.int64, [2 + 3 * C.stages, 1], mbarrier.MBarrierLayout()),
+    )
+    mbarrier.init(memory.bars.index(K_FULL), count=1)
+    mbarrier.init(memory.bars.index(V_FULL), count=1)
+    for stage in gl.static_range(C.stages):
+        mbarrier.init(_ring(memory.bars, Q_FULL, stage, C), count=1)
+        mbarrier.init(_ring(memory.bars, D_OUT_FULL, stage, C), count=1)
+        mbarrier.init(_ring(memory.bars, EMPTY, stage, C), count=C.consumers)
+    fence_async_shared()
+    barrier()
+    inputs = Inputs(
+        Descriptors(q, k, v, d_out, row_terms, dk, dv),
+        d_out_ptr,
+        d_out_strides,
+        visibility,
+        Gains(gains, gain_strides),
+        Sizes(H, T, S, DV, q_offset, diagonal, heads_together),
+        memory,
+    )
+    if C.consumers == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (inputs, gl.constexpr(0), C)),
+                (_consumer, (inputs, gl.constexpr(1), C)),
+                (_producer, (inputs, gl.constexpr(0), C)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (inputs, gl.constexpr(0), C)),
+                (_consumer, (inputs, gl.constexpr(1), C)),
+                (_consumer, (inputs, gl.constexpr(2), C)),
+                (_producer, (inputs, gl.constexpr(0), C)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )
