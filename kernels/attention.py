@@ -1,6 +1,6 @@
-"""What every family of kernels is given and leaves, who allocates it, and which family runs a call.
+"""What every family of kernels is given and leaves, and who allocates it.
 
-A family is a row of `FAMILIES` and a result of `pick_family`. It gets tensors that are checked,
+A family is a member of `FAMILIES` and a result of `pick_family`. It gets tensors that are checked,
 padded and allocated, launches, and returns nothing but the sums over rows and batch entries.
 """
 
@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from . import launch
-from .attention_bwd import launch_backward
-from .attention_fwd import launch_forward
 from .columns import pad_columns, trim_columns
 from .configs import TileConfig, pick_config
+from .families import chosen_family, pick_family, triton_release
 from .priors import UNIFORM, Prior
 
 if TYPE_CHECKING:
@@ -118,49 +117,61 @@ class Needs(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Launchers of one family of kernels.
+    """Plans of one family of kernels: what one signature of calls fixes, built once for it.
 
-    forward(call, result) fills `result`. backward(call, saved, d_out, d_lse, gradients, needs)
-    fills the allocated `gradients` and returns them with the sums. No size is 0.
+    forward(call, saves) returns a plan, saves telling whether the backward's tensors are filled;
+    plan(call, result) launches and fills `result`. backward(call, d_out, needs) returns a plan;
+    plan(call, saved, d_out, d_lse, gradients) fills the allocated `gradients` and returns them with
+    the sums. No size is 0.
     """
 
-    forward: Callable[[Call, ForwardResult], None]
-    backward: Callable[..., AttentionGradients]
+    forward: Callable[[Call, bool], Callable[[Call, ForwardResult], None]]
+    backward: Callable[[Call, torch.Tensor, Needs], Callable[..., AttentionGradients]]
 
 
-FAMILIES = {"portable": Family(launch_forward, launch_backward)}
+def _portable() -> Family:
+    from .attention_bwd import BackwardPlan
+    from .attention_fwd import ForwardPlan
+
+    return Family(ForwardPlan, BackwardPlan)
 
 
-def pick_family(
-    arch: int | str,
-    dtype: torch.dtype,
-    head_dim: int,
-    value_dim: int,
-    *,
-    weighed_by: str | None,
-    queries: int,
-    keys: int,
-) -> str:
-    """Name of the family that runs a call: a pure function of what a call is.
+def _hopper() -> Family:
+    from .attention_bwd import BackwardPlan
+    from .hopper.attention_fwd import ForwardPlan
 
-    arch: compute capability as an integer (90), a gfx name, or "interpreter". weighed_by: as in
-    `Call`. The portable family takes every call.
-    """
-    return "portable"
+    return Family(ForwardPlan, BackwardPlan)
+
+
+# Imported when a call asks for one: Gluon is not everywhere.
+FAMILIES: dict[str, Callable[[], Family]] = {"portable": _portable, "hopper": _hopper}
 
 
 def _family_of(call: Call) -> Family:
-    q, v = call.q, call.v
+    q, k, v = call[:3]
     name = pick_family(
         launch.architecture(q),
         q.dtype,
         q.shape[3],
         v.shape[3],
         weighed_by=call.weighed_by,
-        queries=q.shape[2],
-        keys=v.shape[2],
+        rows=q.shape[0] * q.shape[1] * q.shape[2],
+        group=q.shape[1] // k.shape[1],
+        fits_tma=all(launch.fits_tma(x) for x in (q, k, v)),
+        release=triton_release(),
+        choice=chosen_family(),
     )
-    return FAMILIES[name]
+    return FAMILIES[name]()
+
+
+def _forward_plan(call: Call, saves: bool) -> Callable[[Call, ForwardResult], None]:
+    return _family_of(call).forward(call, saves)
+
+
+def _backward_plan(
+    call: Call, d_out: torch.Tensor, needs: Needs
+) -> Callable[..., AttentionGradients]:
+    return _family_of(call).backward(call, d_out, needs)
 
 
 def _empty(like: torch.Tensor, shape: tuple[int, ...], dtype=torch.float32) -> torch.Tensor:
@@ -198,7 +209,9 @@ def attention_fwd(
         if call.is_centered and call.weighed_by is not None:
             center = _empty(q, value_rows)
     if out.numel() > 0:
-        _family_of(call).forward(call, ForwardResult(out, lse, excess, center, row_stats))
+        with launch.on_device(q):
+            plan = launch.plan_of(_forward_plan, call, (save_for_backward,))
+            plan(call, ForwardResult(out, lse, excess, center, row_stats))
     return ForwardResult(
         trim_columns(out, value_dim),
         lse,
@@ -241,7 +254,10 @@ def attention_bwd(
     )
     keeps_center = call.is_centered and call.weighed_by is not None
     saved = ForwardResult(None, None, excess, center if keeps_center else None, row_stats)
-    gradients = _family_of(call).backward(call, saved, d_out, d_lse, gradients, needs)
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    with launch.on_device(q):
+        plan = launch.plan_of(_backward_plan, call, (d_out, needs), saved, d_lse)
+        gradients = plan(call, saved, d_out, d_lse, gradients)
     return gradients._replace(
         q=trim_columns(gradients.q, head_dim),
         k=trim_columns(gradients.k, head_dim),

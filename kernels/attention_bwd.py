@@ -1,7 +1,4 @@
-"""Backward: launches three kernels.
-
-Every sum has a fixed order and no atomics, so equal inputs give equal bits.
-"""
+"""Backward: launches three kernels. Every sum has a fixed order: equal inputs give equal bits."""
 
 from __future__ import annotations
 
@@ -34,111 +31,129 @@ class _Products(NamedTuple):
         self.launch(*read, *self.descriptors(*read), *varying)
 
 
-class _Plan(NamedTuple):
-    """The launches of a backward and the shapes of what they leave for each other.
+def empty(like: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor | None:
+    """Memory for sums in float32, None for None."""
+    return None if shape is None else torch.empty(shape, dtype=torch.float32, device=like.device)
 
-    value_sums is None where it takes no part, and so are the shapes of partial sums.
+
+class Preprocess:
+    """First launch of a backward: what each row adds to the others, and sums for the gains.
+
+    A call returns row_terms (3, B, H, T rounded up to ROW_ALIGNMENT) of (17), gain_dots (4, B, H,
+    tiles) of (16) and prior_dots (B, H, T) of (19), the last two None unless asked for; it fills
+    the gradient of the residual.
     """
 
-    value_sums: ValueBlockSums | None
-    preprocess: launch.Launch
-    dkdv: _Products
-    dq: _Products
-    row_terms: tuple[int, ...]
-    gain_dots: tuple[int, ...] | None
-    scale_dots: tuple[int, ...] | None
-
-
-def _plan(call: Call, d_out: torch.Tensor, needs: Needs) -> _Plan:
-    q, k, v, residual = call[:4]
-    B, H, T, _ = q.shape
-    HKV, S = k.shape[1:3]
-    preprocess, dkdv, dq = (call.config(kernel) for kernel in ("preprocess", "dkdv", "dq"))
-
-    def products(kernel: Any, programs: int, config: TileConfig) -> _Products:
-        block_t, block_s = config.block_t, config.block_s
-        tiles = ((q, block_t), (k, block_s), (v, block_s), (d_out, block_t))
-        return _Products(
-            launch.Descriptors(config, launch.architecture(q), *tiles),
-            launch.Launch.for_call(
-                call,
-                kernel,
-                programs,
-                config,
-                (q, k, v, d_out),
-                PRIOR_ENTRIES=call.prior.entries if needs.prior else 0,
-            ),
+    def __init__(self, call: Call, d_out: torch.Tensor, needs: Needs) -> None:
+        q, _, v, residual = call[:4]
+        B, H, T, _ = q.shape
+        config = call.config("preprocess")
+        aligned = triton.cdiv(T, ROW_ALIGNMENT.value) * ROW_ALIGNMENT.value
+        tiles = aligned // config.block_t
+        has_sums = call.is_centered and call.weighed_by is None
+        self.value_sums = ValueBlockSums(v, config) if has_sums else None
+        self.launch = launch.Launch.for_call(
+            call, attention_bwd_preprocess_kernel, tiles * B * H, config, v, residual, d_out
         )
+        self.row_terms = (3, B, H, aligned)
+        self.gain_dots = (4, B, H, tiles) if needs.gains else None
+        self.prior_dots = (B, H, T) if needs.prior else None
 
-    aligned = triton.cdiv(T, ROW_ALIGNMENT.value) * ROW_ALIGNMENT.value
-    tiles_of_dq = triton.cdiv(T, dq.block_t)
-    needs_sums = call.is_centered and call.weighed_by is None
-    return _Plan(
-        ValueBlockSums(v, preprocess) if needs_sums else None,
-        launch.Launch.for_call(
-            call,
-            attention_bwd_preprocess_kernel,
-            aligned // preprocess.block_t * B * H,
-            preprocess,
-            (v, residual, d_out),
-        ),
-        products(attention_bwd_dkdv_kernel, triton.cdiv(S, dkdv.block_s) * B * HKV, dkdv),
-        products(attention_bwd_dq_kernel, tiles_of_dq * B * H, dq),
-        (3, B, H, aligned),
-        (4, B, H, aligned // preprocess.block_t) if needs.gains else None,
-        (B, H, tiles_of_dq) if needs.scale else None,
-    )
-
-
-def launch_backward(
-    call: Call,
-    saved: ForwardResult,
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    gradients: AttentionGradients,
-    needs: Needs,
-) -> AttentionGradients:
-    """Launch the backward kernels, which fill `gradients`; return them with the sums."""
-    q, k, v, residual, gains, visibility, prior, prior_parameters = call
-    rows = q.shape[:3]
-    gains = tuple(gains)
-    d_lse = None if d_lse is None else d_lse.contiguous()
-    seen = visibility_arguments(visibility)
-
-    def empty(shape: tuple[int, ...] | None) -> torch.Tensor | None:
-        return None if shape is None else torch.empty(shape, dtype=torch.float32, device=q.device)
-
-    with launch.on_device(q):
-        plan = launch.plan_of(_plan, call, (d_out, needs), saved, d_lse)
-        row_terms = empty(plan.row_terms)
-        gain_dots, scale_dots = empty(plan.gain_dots), empty(plan.scale_dots)
-        prior_dots = empty(rows if needs.prior else None)
-        d_table = empty((prior.entries, *rows) if needs.prior else None)
-        plan.preprocess(
+    def __call__(
+        self,
+        call: Call,
+        saved: ForwardResult,
+        d_out: torch.Tensor,
+        d_lse: torch.Tensor | None,
+        d_residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        v = call.v
+        row_terms, gain_dots, prior_dots = (
+            empty(v, shape) for shape in (self.row_terms, self.gain_dots, self.prior_dots)
+        )
+        self.launch(
             v,
-            residual,
+            call.residual,
             d_out,
             d_lse,
             saved.excess,
             saved.center,
             saved.row_stats,
-            None if plan.value_sums is None else plan.value_sums(v),
-            seen,
+            None if self.value_sums is None else self.value_sums(v),
+            visibility_arguments(call.visibility),
             row_terms,
             gain_dots,
             prior_dots,
-            gradients.residual,
-            gains,
+            d_residual,
+            tuple(call.gains),
         )
+        return row_terms, gain_dots, prior_dots
+
+
+class BackwardPlan:
+    """The launches of a backward, for one signature of a call; calling it launches them."""
+
+    def __init__(self, call: Call, d_out: torch.Tensor, needs: Needs) -> None:
+        q, k, v = call[:3]
+        B, H, T, _ = q.shape
+        HKV, S = k.shape[1:3]
+        dkdv, dq = call.config("dkdv"), call.config("dq")
+        entries = call.prior.entries if needs.prior else 0
+
+        def products(kernel: Any, programs: int, config: TileConfig) -> _Products:
+            block_t, block_s = config.block_t, config.block_s
+            tiles = ((q, block_t), (k, block_s), (v, block_s), (d_out, block_t))
+            return _Products(
+                launch.Descriptors(config, launch.architecture(q), *tiles),
+                launch.Launch.for_call(
+                    call, kernel, programs, config, q, k, v, d_out, PRIOR_ENTRIES=entries
+                ),
+            )
+
+        tiles_of_dq = triton.cdiv(T, dq.block_t)
+        self.preprocess = Preprocess(call, d_out, needs)
+        self.dkdv = products(
+            attention_bwd_dkdv_kernel, triton.cdiv(S, dkdv.block_s) * B * HKV, dkdv
+        )
+        self.dq = products(attention_bwd_dq_kernel, tiles_of_dq * B * H, dq)
+        self.scale_dots = (B, H, tiles_of_dq) if needs.scale else None
+        self.table = (entries, B, H, T) if needs.prior else None
+
+    def __call__(
+        self,
+        call: Call,
+        saved: ForwardResult,
+        d_out: torch.Tensor,
+        d_lse: torch.Tensor | None,
+        gradients: AttentionGradients,
+    ) -> AttentionGradients:
+        q, k, v, _, gains, visibility, _, prior_parameters = call
+        gains = tuple(gains)
+        row_terms, gain_dots, prior_dots = self.preprocess(
+            call, saved, d_out, d_lse, gradients.residual
+        )
+        scale_dots, d_table = empty(q, self.scale_dots), empty(q, self.table)
         read = (q, k, v, d_out)
-        weigh = (seen, prior_parameters)
-        plan.dkdv(read, row_terms, *weigh, gradients.k, gradients.v, gains)
-        plan.dq(read, row_terms, *weigh, prior_dots, gradients.q, scale_dots, d_table, gains)
+        weigh = (visibility_arguments(visibility), prior_parameters)
+        self.dkdv(read, row_terms, *weigh, gradients.k, gradients.v, gains)
+        self.dq(read, row_terms, *weigh, prior_dots, gradients.q, scale_dots, d_table, gains)
+        gradients = sum_gradients(gradients, gain_dots, scale_dots, gains)
+        if d_table is None:
+            return gradients
+        # The table is in log2.
+        return gradients._replace(prior=math.log(2) * d_table.sum((1, 3)).T)
+
+
+def sum_gradients(
+    gradients: AttentionGradients,
+    gain_dots: torch.Tensor | None,
+    scale_dots: torch.Tensor | None,
+    gains: tuple[float | torch.Tensor, ...],
+) -> AttentionGradients:
+    """Add the partial sums up, over batch entries and tiles: scale_dots (B, H, tiles)."""
     d_gains = None if gain_dots is None else _gain_gradients(gain_dots.sum((1, 3)), gains)
     d_scale = None if scale_dots is None else scale_dots.sum((0, 2))
-    # The table is in log2.
-    d_prior = None if d_table is None else math.log(2) * d_table.sum((1, 3)).T
-    return gradients._replace(gains=d_gains, scale=d_scale, prior=d_prior)
+    return gradients._replace(gains=d_gains, scale=d_scale)
 
 
 def _gain_gradients(dots: torch.Tensor, gains: tuple[float | torch.Tensor, ...]) -> torch.Tensor:

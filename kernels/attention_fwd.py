@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -20,6 +20,7 @@ from .primitives import (
     SOFTMAX,
     cast,
     dot,
+    index,
     load_gain,
     load_tile,
     store_tile,
@@ -137,6 +138,8 @@ def attention_fwd_kernel(
 
     bounds = load_bounds(visibility, batch, T, S, diagonal)
     key_lo = bounds[2]
+    # [BLOCK_T, 1]
+    tile_rows = index(BLOCK_T, WIDE)[:, None]
     # [BLOCK_T]
     offs_t = row + tl.arange(0, BLOCK_T)
     positions = (q_offset + offs_t)[:, None]
@@ -158,6 +161,7 @@ def attention_fwd_kernel(
     for block in tl.range(0, masked, num_stages=MASKED_STAGES):
         key = tl.where(block == 0, first, full_end + (block - 1) * BLOCK_S)
         # [1, BLOCK_S]
+        tile_keys = index(BLOCK_S, WIDE)[None, :]
         keys = (key + tl.arange(0, BLOCK_S))[None, :]
         # [BLOCK_S, BLOCK_D], [BLOCK_S, BLOCK_DV]
         k = load_tile(k_rows, key, D, BLOCK_S, WIDE)
@@ -166,9 +170,7 @@ def attention_fwd_kernel(
         zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         logits = dot(q, tl.trans(k), zeros, DOT_PRECISION) * scale_log2
         scores = ADD_LOG2_PRIOR(logits, positions, keys, key_lo, head, prior)
-        visible = visible_keys(
-            visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, False, WIDE
-        )
+        visible = visible_keys(visibility, bounds, batch, head, row, key, tile_rows, tile_keys)
         if CENTERED:
             logit_sum = tl.sum(tl.where(visible, logits, 0.0), 1)
         scores = tl.where(visible, scores, -float("inf"))
@@ -306,58 +308,46 @@ def attention_fwd_kernel(
     store_tile(out_rows, row, out, DV, WIDE)
 
 
-class _Plan(NamedTuple):
-    """The launches of a forward and what they need.
+class ForwardPlan:
+    """The launches of a forward, for one signature of a call; calling it launches them.
 
     value_sums is None where it does not need the sums, bounded where it has no form of its own.
     """
 
-    value_sums: ValueBlockSums | None
-    descriptors: launch.Descriptors
-    bounded: launch.Launch | None
-    running: launch.Launch
+    def __init__(self, call: Call, saves: bool) -> None:
+        q, k, v, residual = call[:4]
+        B, H, T, _ = q.shape
+        config = call.config("forward")
+        programs = triton.cdiv(T, config.block_t) * B * H
 
+        def forward(is_bounded: bool) -> launch.Launch:
+            return launch.Launch.for_call(
+                call, attention_fwd_kernel, programs, config, q, k, v, residual, BOUNDED=is_bounded
+            )
 
-def _plan(call: Call) -> _Plan:
-    q, k, v, residual = call[:4]
-    B, H, T, _ = q.shape
-    config = call.config("forward")
-    programs = triton.cdiv(T, config.block_t) * B * H
-    tensors = (q, k, v, residual)
+        is_weighed = call.weighed_by is not None
+        has_bounded = not is_weighed and _FEWEST_BLOCKS * config.block_s <= k.shape[2]
+        has_sums = call.is_centered and not is_weighed
+        tiles = ((q, config.block_t), (k, config.block_s), (v, config.block_s))
+        self.value_sums = ValueBlockSums(v, config) if has_sums else None
+        self.descriptors = launch.Descriptors(config, launch.architecture(q), *tiles)
+        self.bounded = forward(True) if has_bounded else None
+        self.running = forward(False)
 
-    def forward(is_bounded: bool) -> launch.Launch:
-        return launch.Launch.for_call(
-            call, attention_fwd_kernel, programs, config, tensors, BOUNDED=is_bounded
-        )
-
-    is_weighed = call.weighed_by is not None
-    has_bounded = not is_weighed and _FEWEST_BLOCKS * config.block_s <= k.shape[2]
-    tiles = ((q, config.block_t), (k, config.block_s), (v, config.block_s))
-    return _Plan(
-        ValueBlockSums(v, config) if call.is_centered and not is_weighed else None,
-        launch.Descriptors(config, launch.architecture(q), *tiles),
-        forward(True) if has_bounded else None,
-        forward(False),
-    )
-
-
-def launch_forward(call: Call, result: ForwardResult) -> None:
-    """Launch the forward kernel, which fills `result`; both as in `attention`."""
-    q, k, v, residual, gains, visibility, _, prior_parameters = call
-    with launch.on_device(q):
-        plan = launch.plan_of(_plan, call, (), result.excess is None)
+    def __call__(self, call: Call, result: ForwardResult) -> None:
+        q, k, v, residual, gains, visibility, _, prior_parameters = call
         arguments = (
             q,
             k,
             v,
-            *plan.descriptors(q, k, v),
+            *self.descriptors(q, k, v),
             residual,
             *result,
-            None if plan.value_sums is None else plan.value_sums(v),
+            None if self.value_sums is None else self.value_sums(v),
         )
         varying = (visibility_arguments(visibility), prior_parameters, tuple(gains))
         overflow = None
-        if plan.bounded is not None:
-            overflow = torch.empty(plan.bounded.grid[0], dtype=torch.int32, device=q.device)
-            plan.bounded(*arguments, overflow, *varying)
-        plan.running(*arguments, overflow, *varying)
+        if self.bounded is not None:
+            overflow = torch.empty(self.bounded.grid[0], dtype=torch.int32, device=q.device)
+            self.bounded(*arguments, overflow, *varying)
+        self.running(*arguments, overflow, *varying)

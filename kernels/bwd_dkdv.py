@@ -15,6 +15,7 @@ from .primitives import (
     aligned_rows,
     cast,
     dot,
+    index,
     load_gain,
     load_tile,
     softmax_sign,
@@ -157,6 +158,8 @@ def attention_bwd_dkdv_kernel(
                 if d_out.dtype != dtype:
                     d_out = cast(d_out.to(tl.float32), dtype)
                 # [1, BLOCK_T], [BLOCK_S, 1]
+                tile_rows = index(BLOCK_T, WIDE)[None, :]
+                tile_keys = index(BLOCK_S, WIDE)[:, None]
                 positions = (q_offset + offs_t)[None, :]
                 keys = (key + tl.arange(0, BLOCK_S))[:, None]
                 # [BLOCK_S, BLOCK_T]
@@ -166,7 +169,7 @@ def attention_bwd_dkdv_kernel(
                 weights = tl.math.exp2(scores - exponent[None, :])
                 if phase == 0:
                     visible = visible_keys(
-                        visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, True, WIDE
+                        visibility, bounds, batch, head, row, key, tile_rows, tile_keys
                     )
                     weights = tl.where(visible, weights, 0.0)
                 value_weights = weights * (sign * weight_lift)

@@ -11,6 +11,7 @@ from .primitives import (
     aligned_rows,
     cast,
     dot,
+    index,
     load_gain,
     load_tile,
     softmax_sign,
@@ -98,6 +99,7 @@ def attention_bwd_dq_kernel(
     dq = tl.zeros(q.shape, tl.float32)
 
     # [BLOCK_T, 1]
+    tile_rows = index(BLOCK_T, WIDE)[:, None]
     positions = (q_offset + offs_t)[:, None]
 
     bounds = load_bounds(visibility, batch, T, S, diagonal)
@@ -114,11 +116,12 @@ def attention_bwd_dq_kernel(
             k = load_tile(k_rows, key, D, BLOCK_S, WIDE, CHECK_ROWS=phase == 0)
             v = load_tile(v_rows, key, DV, BLOCK_S, WIDE, CHECK_ROWS=phase == 0)
             # [1, BLOCK_S]
+            tile_keys = index(BLOCK_S, WIDE)[None, :]
             keys = (key + tl.arange(0, BLOCK_S))[None, :]
             # [BLOCK_T, BLOCK_S]
             if phase == 0:
                 visible = visible_keys(
-                    visibility, bounds, batch, head, row, key, BLOCK_T, BLOCK_S, False, WIDE
+                    visibility, bounds, batch, head, row, key, tile_rows, tile_keys
                 )
             zeros = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
             scores = dot(q, tl.trans(k), zeros, DOT_PRECISION) * (scale * LOG2_E)

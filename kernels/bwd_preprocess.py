@@ -126,9 +126,8 @@ def attention_bwd_preprocess_kernel(
     tl.store(terms + terms_plane, delta)
     tl.store(terms + 2 * terms_plane, center_weight + tl.zeros((BLOCK_T,), tl.float32))
 
-    if residual_ptr is not None or d_residual_ptr is not None:
-        skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SKIP, head)
     if d_residual_ptr is not None:
+        skip_gain = load_gain(gains, gain_strides, GAIN_IS_TENSOR, SKIP, head)
         d_residual_rows = (None, d_residual_ptr, 0, pid_bh, T, 0, T * DV, DV, 1)
         store_tile(d_residual_rows, row, skip_gain * d_out, DV, WIDE)
     if gain_dots_ptr is not None:

@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import TileConfig, block_width, overriding_config
+from .families import chosen_family
 from .primitives import INTERPRETED
 from .visibility import visibility_sizes
 
@@ -35,6 +36,16 @@ def _cuda_architecture(device_index: int) -> int | str:
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]
     return 10 * properties.major + properties.minor
+
+
+@functools.lru_cache
+def _cuda_multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """How many the tensor's GPU has; without one as many as an H100."""
+    return _cuda_multiprocessors(tensor.device.index) if tensor.is_cuda else 132
 
 
 _assumed_architecture: ContextVar[int | str | None] = ContextVar("architecture", default=None)
@@ -84,20 +95,32 @@ def needs_wide_index(config: TileConfig, *tensors: torch.Tensor | None) -> bool:
     Tile origins are always computed in int64; only offsets inside a tile may stay int32.
     """
     rows = max(config.block_t, config.block_s, config.sum_block)
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        extent = rows * abs(tensor.stride(-2)) + max(rows, 256) * abs(tensor.stride(-1))
-        if extent > _INT32_MAX:
-            return True
-    return False
+    return any(
+        rows * abs(tensor.stride(-2)) + max(rows, 256) * abs(tensor.stride(-1)) > _INT32_MAX
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+def fits_tma(tensor: torch.Tensor) -> bool:
+    """Whether tiles of a tensor can come by TMA.
+
+    The hardware takes 16-bit elements here, 16-byte alignment, a last stride of 1 and other
+    strides that are multiples of 16 bytes.
+    """
+    *strides, last = tensor.stride()
+    return (
+        tensor.element_size() == 2
+        and tensor.data_ptr() % 16 == 0
+        and last == 1
+        and all(stride > 0 and stride % 8 == 0 for stride in strides)
+    )
 
 
 class Descriptors:
     """Makes the tensor descriptors of tensors of one signature, None for those without one.
 
-    tiles: a tensor (B, H, rows, columns) and the rows of one tile, for each. The hardware takes
-    16-bit elements here, 16-byte alignment, a last stride of 1 and strides of 16 bytes.
+    tiles: a tensor (B, H, rows, columns) and the rows of one tile, for each.
     """
 
     def __init__(
@@ -106,20 +129,10 @@ class Descriptors:
         has_hardware = arch == "interpreter" or (isinstance(arch, int) and 90 <= arch < 120)
         self.blocks = [
             [1, 1, rows, block_width(tensor.shape[3])]
-            if has_hardware and config.use_descriptors and self._fits(tensor)
+            if has_hardware and config.use_descriptors and fits_tma(tensor)
             else None
             for tensor, rows in tiles
         ]
-
-    @staticmethod
-    def _fits(tensor: torch.Tensor) -> bool:
-        *strides, last = tensor.stride()
-        return (
-            tensor.element_size() == 2
-            and tensor.data_ptr() % 16 == 0
-            and last == 1
-            and all(stride > 0 and stride % 8 == 0 for stride in strides)
-        )
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[TensorDescriptor | None, ...]:
         return tuple(
@@ -158,7 +171,7 @@ class Launch:
         kernel: Any,
         programs: int,
         config: TileConfig,
-        tensors: tuple[torch.Tensor | None, ...],
+        *tensors: torch.Tensor | None,
         **constants: Any,
     ) -> Launch:
         """Launch of a kernel that reads `tensors` of a call and takes their strides.
@@ -244,6 +257,7 @@ def plan_of(build: Callable[..., _Plan], call: Call, used: tuple, *others: Any) 
         call.q.device,
         architecture(call.q),
         overriding_config(),
+        chosen_family(),
         signature(call[:4]),
         # Of a number only whether its term takes part.
         tuple(gain == 0.0 if type(gain) is float else signature(gain) for gain in call.gains),
@@ -271,8 +285,7 @@ def gain_arguments(
     """Return the strides of gains from head to head, and which of them are tensors."""
     is_tensor = tuple(isinstance(gain, torch.Tensor) for gain in gains)
     strides = tuple(
-        gain.stride(0) if tensor and gain.ndim == 1 else 0
-        for gain, tensor in zip(gains, is_tensor, strict=True)
+        gain.stride(0) if isinstance(gain, torch.Tensor) and gain.ndim == 1 else 0 for gain in gains
     )
     return strides, is_tensor
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import head_base, index
+from .primitives import head_base
 
 if TYPE_CHECKING:
     from ..visibility import Visibility
@@ -81,27 +81,11 @@ def key_blocks(row, bounds, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, ALL_MA
 
 
 @triton.jit
-def visible_keys(
-    visibility,
-    bounds,
-    batch,
-    head,
-    row,
-    key,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Which keys from `key` on each query from `row` on sees, a mask included."""
-    if TRANSPOSED:
-        # [BLOCK_S, BLOCK_T]
-        rows = index(BLOCK_T, WIDE)[None, :]
-        keys = index(BLOCK_S, WIDE)[:, None]
-    else:
-        # [BLOCK_T, BLOCK_S]
-        rows = index(BLOCK_T, WIDE)[:, None]
-        keys = index(BLOCK_S, WIDE)[None, :]
+def visible_keys(visibility, bounds, batch, head, row, key, rows, keys):
+    """Which keys each query of a tile from `row` and `key` on sees, a mask included.
+
+    rows, keys: `index` in the tile, one of them a column, whose product is in its orientation.
+    """
     T, S, key_lo, key_hi, diagonal = bounds
     seen = tl.where(row + rows < T, tl.minimum(key_hi, row + rows + diagonal) - key_lo, 0)
     # One comparison a score: keys before key_lo are large without a sign.

@@ -1,24 +1,126 @@
 """Which family of kernels runs a call, and what the families are given."""
 
-import itertools
+import os
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
 
-from shaped_attn.kernels import attention, configs
-from shaped_attn.kernels.attention import FAMILIES, Call, pick_family
+from shaped_attn.kernels import attention, families, launch
+from shaped_attn.kernels.attention import FAMILIES, Call
 from shaped_attn.kernels.priors import PRIORS
 from shaped_attn.visibility import Visibility
 
 
-def test_every_call_has_a_family():
-    archs = (*configs.ARCHITECTURES, 89, 120, "interpreter")
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    for arch, dtype, D, DV, weighed_by, T, S in itertools.product(
-        archs, dtypes, (1, 64, 256), (8, 128), (None, "mask", "prior"), (1, 4096), (1, 70000)
-    ):
-        sizes = {"queries": T, "keys": S}
-        assert pick_family(arch, dtype, D, DV, weighed_by=weighed_by, **sizes) in FAMILIES
+def pick(**changes) -> str:
+    """The family of a call that the Hopper kernels were measured for, or of one that differs."""
+    call = {
+        "arch": 90,
+        "dtype": torch.bfloat16,
+        "head_dim": 128,
+        "value_dim": 128,
+        "weighed_by": None,
+        "rows": 16 * 16384,
+        "group": 1,
+        "fits_tma": True,
+        "release": (3, 6),
+    }
+    return families.pick_family(**(call | changes))
+
+
+# Of calls that the Hopper kernels run, those that "auto" leaves to the portable ones.
+UNMEASURED = [
+    {"dtype": torch.float16},
+    {"head_dim": 96, "value_dim": 96},
+    {"value_dim": 64},
+    {"head_dim": 8, "value_dim": 8},
+    {"rows": 4096},
+    {"group": 4},
+    {"release": (3, 9)},
+]
+# What the Hopper kernels do not run.
+OTHERS = [
+    {"dtype": torch.float32},
+    {"head_dim": 136},
+    {"value_dim": 256},
+    {"weighed_by": "mask"},
+    {"weighed_by": "prior"},
+    {"fits_tma": False},
+]
+
+
+def test_hopper_kernels_take_what_they_were_measured_for():
+    assert pick() == "hopper"
+    assert pick(head_dim=64, value_dim=64) == "hopper"
+    assert pick(choice="portable") == "portable"
+
+
+@pytest.mark.parametrize("changes", UNMEASURED, ids=str)
+def test_hopper_kernels_take_the_unmeasured_where_asked(changes):
+    assert pick(**changes) == "portable"
+    assert pick(**changes, choice="hopper") == "hopper"
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=str)
+@pytest.mark.parametrize("choice", families.CHOICES)
+def test_portable_kernels_take_the_rest(changes, choice):
+    assert pick(**changes, choice=choice) == "portable"
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 100, 120, "gfx942", "interpreter"])
+def test_hopper_kernels_need_a_hopper(arch):
+    assert pick(arch=arch) == "portable"
+    assert pick(arch=arch, choice="portable") == "portable"
+    with pytest.raises(ValueError, match=f"compute capability 9.0, this is {arch}"):
+        pick(arch=arch, choice="hopper")
+
+
+def test_an_unknown_release_of_triton_warns_once():
+    families._warn_unknown_release.cache_clear()
+    with pytest.warns(UserWarning, match="for Triton 3.6 and 3.9, this is 4.0"):
+        assert pick(release=(4, 0)) == "portable"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pick(release=(4, 0)) == "portable"
+
+
+def test_choice_of_a_family():
+    assert families.chosen_family() == "auto"
+    with families.use_family("portable"):
+        assert families.chosen_family() == "portable"
+        with families.use_family("auto"):
+            assert families.chosen_family() == "auto"
+        assert families.chosen_family() == "portable"
+    rule = "family must be one of auto, portable, hopper, got 'h'"
+    with pytest.raises(ValueError, match=rule), families.use_family("h"):
+        pass
+
+
+@pytest.mark.parametrize("value", ["portable", "nothing"])
+def test_environment_variable(value):
+    code = "from shaped_attn.kernels import families; print(families.chosen_family())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"SHAPED_ATTN_FAMILY": value},
+        capture_output=True,
+        text=True,
+    )
+    if value == "portable":
+        assert done.stdout.strip() == "portable"
+    else:
+        assert "SHAPED_ATTN_FAMILY must be one of" in done.stderr
+
+
+def test_another_choice_is_another_plan(device):
+    """A plan made under one choice does not serve the calls of another."""
+    q = torch.randn(1, 1, 4, 16, device=device)
+    arguments = (q, q, q, None, (1.0,) * 6, Visibility(q_offset=0))
+    attention.attention_fwd(*arguments, save_for_backward=False)
+    if launch.architecture(q) != 90:
+        with families.use_family("hopper"), pytest.raises(ValueError, match="'hopper' needs"):
+            attention.attention_fwd(*arguments, save_for_backward=False)
 
 
 def make_call(**changes) -> Call:
@@ -51,10 +153,11 @@ def test_a_family_gets_what_the_contract_says(changes, saves, monkeypatch, devic
     """Allocated by `attention`, padded, and None where there is nothing to fill."""
     found = []
 
-    def forward(call, result):
-        found.append((call, result))
+    def forward(call, saves):
+        return lambda call, result: found.append((call, result))
 
-    monkeypatch.setitem(FAMILIES, "portable", attention.Family(forward, None))
+    launch.forget_plans()
+    monkeypatch.setitem(FAMILIES, "portable", lambda: attention.Family(forward, None))
     q = torch.randn(2, 4, 5, 12).to(device)
     k, v = torch.randn(2, 2, 7, 12).to(device), torch.randn(2, 2, 7, 3).to(device)
     visibility = Visibility(q_offset=2)
@@ -64,6 +167,7 @@ def test_a_family_gets_what_the_contract_says(changes, saves, monkeypatch, devic
         q.bfloat16(), k.bfloat16(), v.bfloat16(), None, (1.0,) * 6, visibility,
         save_for_backward=saves,
     )  # fmt: skip
+    launch.forget_plans()
     ((call, result),) = found
     assert [x.shape[3] for x in call[:3]] == [16, 16, 8]
     assert (result.out.shape, result.out.dtype) == ((2, 4, 5, 8), torch.bfloat16)

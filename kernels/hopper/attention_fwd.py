@@ -1,0 +1,948 @@
+"""Forward on Hopper: consumer warpgroups of 64 queries each, and one warp that loads for them.
+
+Barriers, all in one array (`_own`, `_ring`); parities count tiles (`turn`) or blocks of keys (`g`)
+of this program. A worker keeps every buffer that it uses in a register: hence few arrays.
+
+  Q_FULL, Q_EMPTY    [consumer]   queries of a tile; free after the last product with them
+  OWN_FULL, OWN_EMPTY [consumer]  own rows of v and the residual; free when the results that take
+                                  their place have left, which the next tile finds out
+  K_FULL, K_EMPTY, V_FULL, V_EMPTY [stage]   blocks of keys and values; free once per consumer
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .. import launch
+from ..configs import TileConfig
+from ..primitives import (
+    BRANCH,
+    CENTER,
+    IDENTITY,
+    LN_2,
+    LOG2_E,
+    SCALE,
+    SKIP,
+    SOFTMAX,
+)
+from ..visibility import load_bounds, visibility_arguments, visibility_sizes
+from .descriptors import DTYPES, Describe
+from .primitives import (
+    MOST_REGISTERS,
+    ROWS,
+    Constants,
+    Gains,
+    accumulator,
+    barrier,
+    before,
+    gain_of,
+    left_operand,
+    pack,
+    pin,
+    place,
+    sum_packed,
+    tma_load,
+    tma_store,
+    turn_pass,
+    turn_wait,
+    unpack,
+)
+from .tiles import forward_tile, heads_together, width_of
+from .value_prefix import ValuePrefixSums
+
+if TYPE_CHECKING:
+    from ..attention import Call, ForwardResult
+
+
+# Sums of weights that a fixed maximum may lead to; times any sensible v they are far from overflow.
+MOST_WEIGHT = gl.constexpr(2.0**32)
+
+
+@dataclass(frozen=True)
+class ForwardShape:
+    """What a forward is compiled for.
+
+    Attributes:
+        consumers: warpgroups, of 64 queries each.
+        block_s, stages: keys of a block, and how many blocks are in flight.
+        width: columns of all tiles.
+        dtype: of q, k and v.
+        row_sums: "packed" or "product", as in the portable `row_sums`.
+        takes_turns: consumers take turns to issue products.
+        is_causal, is_centered, has_identity: which terms there are.
+        residual: "none", "tile" (by TMA, of the dtype of q), or "direct", and out with it.
+        form: "fixed" keeps the maximum of the first block, and marks tiles whose weights overflow;
+            "second" computes these with a maximum that follows the keys, "running" all.
+        saves: whether the backward's tensors are written.
+        group: query heads of a key head.
+        gain_is_tensor: which gains are.
+    """
+
+    consumers: int
+    block_s: int
+    stages: int
+    width: int
+    dtype: gl.dtype
+    row_sums: str
+    takes_turns: bool
+    is_causal: bool
+    is_centered: bool
+    has_identity: bool
+    residual: str
+    form: str
+    saves: bool
+    group: int
+    gain_is_tensor: tuple[bool, ...]
+
+    @property
+    def block_t(self) -> int:
+        """Queries of a tile."""
+        return 64 * self.consumers
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the rows of v at the queries' own positions are read."""
+        return self.has_identity or (self.is_centered and self.is_causal)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the maximum follows the keys."""
+        return self.form != "fixed"
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of queries, results and own rows in shared memory."""
+        return self.consumers * (3 if self.has_own or self.saves else 2)
+
+    @property
+    def bytes_at_the_end(self) -> int:
+        """Bytes that a consumer's epilogue waits for."""
+        return 2 * 64 * self.width * (self.has_own + (self.residual == "tile"))
+
+    @property
+    def scores(self) -> gl.NVMMADistributedLayout:
+        """Layout of a tile of scores, [ROWS, block_s]."""
+        return accumulator(self.block_s)
+
+    @property
+    def outputs(self) -> gl.NVMMADistributedLayout:
+        """Layout of a tile of results, [ROWS, width]."""
+        return accumulator(self.width)
+
+    @property
+    def weights(self) -> gl.DotOperandLayout:
+        """Layout of weights, [ROWS, block_s] or [ROWS, ROWS], that multiply values."""
+        return left_operand(self.width)
+
+    @property
+    def sums(self) -> gl.NVMMADistributedLayout:
+        """Layout of row sums that are a product with eight columns of ones."""
+        return accumulator(8)
+
+    @property
+    def triangle(self) -> gl.NVMMADistributedLayout:
+        """Layout of which own keys each query sees, [ROWS, ROWS]."""
+        return accumulator(64)
+
+
+class Memory(NamedTuple):
+    """Shared memory: q, results and own rows of v; keys and values; ones; barriers."""
+
+    rows: gl.shared_memory_descriptor
+    blocks: gl.shared_memory_descriptor
+    ones: gl.shared_memory_descriptor
+    bars: gl.shared_memory_descriptor
+
+
+class Place(NamedTuple):
+    """A tile of queries: batch, head and key head; first query; its keys, in blocks of them."""
+
+    batch: gl.tensor
+    head: gl.tensor
+    key_head: gl.tensor
+    row: gl.tensor
+    key_lo: gl.tensor
+    key_hi: gl.tensor
+    blocks: gl.tensor
+
+
+# --------------------------------------------------------------------------- barriers and tiles
+Q_FULL = gl.constexpr(0)
+Q_EMPTY = gl.constexpr(1)
+OWN_FULL = gl.constexpr(2)
+OWN_EMPTY = gl.constexpr(3)
+K_FULL = gl.constexpr(0)
+K_EMPTY = gl.constexpr(1)
+V_FULL = gl.constexpr(2)
+V_EMPTY = gl.constexpr(3)
+
+
+@gluon.jit
+def _own(bars, KIND: gl.constexpr, c: gl.constexpr, C: gl.constexpr):
+    """Barrier of consumer c."""
+    return bars.index(KIND * C.consumers + c)
+
+
+@gluon.jit
+def _ring(bars, KIND: gl.constexpr, g, C: gl.constexpr):
+    """Barrier of the stage of block g."""
+    return bars.index(g % C.stages + (4 * C.consumers + KIND * C.stages))
+
+
+@gluon.jit
+def _queries(rows, c: gl.constexpr, C: gl.constexpr):
+    return rows.index(c)
+
+
+@gluon.jit
+def _results(rows, c: gl.constexpr, C: gl.constexpr):
+    """Tile of consumer c for its residual, then for its results."""
+    return rows.index(C.consumers + c)
+
+
+@gluon.jit
+def _own_values(rows, c: gl.constexpr, C: gl.constexpr):
+    """Tile of consumer c for its own rows of v, then for what is saved."""
+    return rows.index(2 * C.consumers + c)
+
+
+@gluon.jit
+def _keys(blocks, g, C: gl.constexpr):
+    return blocks.index(g % C.stages)
+
+
+@gluon.jit
+def _values(blocks, g, C: gl.constexpr):
+    return blocks.index(g % C.stages + C.stages)
+
+
+@gluon.jit
+def _matrix(tile, ROWS_OF: gl.constexpr, C: gl.constexpr):
+    return tile.reshape([ROWS_OF, C.width])
+
+
+@gluon.jit
+def _tiles_of_program(num_tiles):
+    """How many tiles this program takes: dealt in rounds, every second round in reverse."""
+    programs = gl.num_programs(0)
+    pid = gl.program_id(0)
+    rounds = num_tiles // programs
+    last = gl.where(rounds % 2 == 1, programs - 1 - pid, pid)
+    return rounds + gl.where(last < num_tiles - rounds * programs, 1, 0)
+
+
+@gluon.jit
+def _tile_of_program(i):
+    programs = gl.num_programs(0)
+    pid = gl.program_id(0)
+    return i * programs + gl.where(i % 2 == 1, programs - 1 - pid, pid)
+
+
+@gluon.jit
+def _place(tile, visibility, sizes, C: gl.constexpr):
+    head, number = place(tile, gl.cdiv(sizes.T, C.block_t), sizes.heads_together, C.is_causal, True)
+    row = number * C.block_t
+    batch = head // sizes.H
+    head = head % sizes.H
+    T, S, key_lo, key_hi, diagonal = load_bounds(
+        visibility, batch, sizes.T, sizes.S, sizes.diagonal
+    )
+    end = key_hi
+    if C.is_causal:
+        end = gl.minimum(end, gl.minimum(row + C.block_t, T) - 1 + diagonal)
+    # One block at least: a row without keys has results too.
+    blocks = gl.maximum(gl.cdiv(end - key_lo, C.block_s), 1)
+    return Place(batch, head, head // C.group, row, key_lo, key_hi, blocks)
+
+
+class Sizes(NamedTuple):
+    """Numbers of the launch; heads: of all batch entries; lead: as in `ValuePrefixSums`."""
+
+    H: gl.tensor
+    T: gl.tensor
+    S: gl.tensor
+    q_offset: gl.tensor
+    diagonal: gl.tensor
+    value_dim: gl.tensor
+    lead: gl.tensor
+    heads: gl.tensor
+    heads_together: gl.tensor
+    tiles: gl.tensor
+
+
+class Descriptors(NamedTuple):
+    """Tensors that TMA reads and writes; own: v by tiles of queries."""
+
+    q: object
+    k: object
+    v: object
+    own: object
+    residual: object
+    out: object
+    excess: object
+
+
+class Pointers(NamedTuple):
+    """Tensors that are read and written directly."""
+
+    residual: object
+    residual_strides: tuple
+    out: object
+    lse: object
+    row_stats: object
+    value_sums: object
+    overflow: object
+
+
+class Every(NamedTuple):
+    """All that a warpgroup is given."""
+
+    descriptors: Descriptors
+    pointers: Pointers
+    memory: Memory
+    visibility: tuple
+    gains: Gains
+    sizes: Sizes
+
+
+# ------------------------------------------------------------------------------------- producer
+@gluon.jit
+def _load(descriptor, at, full, tile):
+    mbarrier.expect(full, descriptor.block_type.nbytes)
+    tma_load(descriptor, at, full, tile)
+
+
+@gluon.jit
+def _load_queries(q, memory, where, turn, c: gl.constexpr, C: gl.constexpr):
+    mbarrier.wait(_own(memory.bars, Q_EMPTY, c, C), (turn & 1) ^ 1)
+    at = [where.batch, where.head, where.row + c * ROWS, 0]
+    _load(q, at, _own(memory.bars, Q_FULL, c, C), _queries(memory.rows, c, C))
+
+
+@gluon.jit
+def _load_keys(k, memory, where, block, g, C: gl.constexpr):
+    mbarrier.wait(_ring(memory.bars, K_EMPTY, g, C), (g // C.stages & 1) ^ 1)
+    at = [where.batch, where.key_head, where.key_lo + block * C.block_s, 0]
+    _load(k, at, _ring(memory.bars, K_FULL, g, C), _keys(memory.blocks, g, C))
+
+
+@gluon.jit
+def _load_values(v, memory, where, block, g, C: gl.constexpr):
+    mbarrier.wait(_ring(memory.bars, V_EMPTY, g, C), (g // C.stages & 1) ^ 1)
+    at = [where.batch, where.key_head, where.key_lo + block * C.block_s, 0]
+    _load(v, at, _ring(memory.bars, V_FULL, g, C), _values(memory.blocks, g, C))
+
+
+@gluon.jit
+def _own_row(where, sizes, c: gl.constexpr, C: gl.constexpr):
+    """Row of v at the position of the first query of consumer c."""
+    # Where every query sees all keys or none the diagonal is clamped, and no identity term left.
+    offset = sizes.diagonal - 1 if C.is_causal else sizes.q_offset
+    return where.row + c * ROWS + offset
+
+
+@gluon.jit
+def _load_own(descriptors, memory, where, sizes, turn, c: gl.constexpr, C: gl.constexpr):
+    full = _own(memory.bars, OWN_FULL, c, C)
+    mbarrier.wait(_own(memory.bars, OWN_EMPTY, c, C), (turn & 1) ^ 1)
+    mbarrier.expect(full, C.bytes_at_the_end)
+    if C.residual == "tile":
+        at = [where.batch, where.head, where.row + c * ROWS, 0]
+        tma_load(descriptors.residual, at, full, _results(memory.rows, c, C))
+    if C.has_own:
+        at = [where.batch, where.key_head, _own_row(where, sizes, c, C), 0]
+        tma_load(descriptors.own, at, full, _own_values(memory.rows, c, C))
+
+
+@gluon.jit
+def _is_left(overflow, tile, C: gl.constexpr):
+    """Whether a tile, or part of it, is left to the running maximum."""
+    left = gl.load(overflow + tile * C.consumers)
+    for c in gl.static_range(1, C.consumers):
+        left += gl.load(overflow + tile * C.consumers + c)
+    return left > 0
+
+
+@gluon.jit
+def _load_tile(descriptors, memory, where, sizes, g, turn, C: gl.constexpr):
+    """Ask for all that one tile of queries needs, in the order in which it needs it."""
+    _load_queries(descriptors.q, memory, where, turn, 0, C)
+    _load_keys(descriptors.k, memory, where, 0, g, C)
+    for c in gl.static_range(1, C.consumers):
+        _load_queries(descriptors.q, memory, where, turn, c, C)
+    for block in range(1, where.blocks):
+        _load_keys(descriptors.k, memory, where, block, g + block, C)
+        _load_values(descriptors.v, memory, where, block - 1, g + block - 1, C)
+    _load_values(descriptors.v, memory, where, where.blocks - 1, g + where.blocks - 1, C)
+    if C.bytes_at_the_end > 0:
+        for c in gl.static_range(C.consumers):
+            _load_own(descriptors, memory, where, sizes, turn, c, C)
+
+
+@gluon.jit
+def _producer(every, c: gl.constexpr, C: gl.constexpr):
+    g = 0
+    turn = 0
+    for i in range(_tiles_of_program(every.sizes.tiles)):
+        tile = _tile_of_program(i)
+        if C.form != "second" or _is_left(every.pointers.overflow, tile, C):
+            where = _place(tile, every.visibility, every.sizes, C)
+            _load_tile(every.descriptors, every.memory, where, every.sizes, g, turn, C)
+            g += where.blocks
+            turn += 1
+
+
+# ------------------------------------------------------------------------------------- consumer
+@gluon.jit
+def _row_ends(where, diagonal, c: gl.constexpr, C: gl.constexpr):
+    """For each query of consumer c, the end of the keys that it sees: [ROWS]."""
+    row_layout: gl.constexpr = gl.SliceLayout(1, C.scores)
+    rows = where.row + c * ROWS + gl.arange(0, ROWS, row_layout)
+    if C.is_causal:
+        ends = gl.minimum(rows + diagonal, where.key_hi)
+    else:
+        ends = rows * 0 + where.key_hi
+    return ends
+
+
+@gluon.jit
+def _first_weights(s, scale_log2, ends, key, C: gl.constexpr):
+    """Packed weights of the first block, which sets maximum m and reference u of each row."""
+    visible = before(ends - key, C.block_s, C.scores)
+    scores = gl.where(visible, s, 0.0) * scale_log2
+    top = gl.max(gl.where(visible, scores, -float("inf")), 1)
+    if C.is_centered:
+        top = gl.ceil(top)
+    m = gl.where(top == -float("inf"), 0.0, top)
+    weights = gl.exp2(scores - m[:, None])
+    if C.is_centered:
+        # The geometric mean weight of the keys seen, exact in the dtype of v.
+        count = gl.minimum(gl.maximum(ends - key, 1), C.block_s).to(gl.float32)
+        u = gl.exp2(gl.sum(scores, 1) / count - m).to(C.dtype).to(gl.float32)
+        weights -= u[:, None]
+    else:
+        u = m
+    return pack(gl.where(visible, weights, 0.0), C.dtype), m, u
+
+
+@gluon.jit
+def _weights(s, scale_log2, m, u, ends, key, C: gl.constexpr, MASKED: gl.constexpr):
+    """Packed weights of a block; m, u, and the factor for what came before, all of a row."""
+    factor = m
+    if MASKED:
+        visible = before(ends - key, C.block_s, C.scores)
+    if C.is_running:
+        scores = s * scale_log2
+        if MASKED:
+            scores = gl.where(visible, scores, -float("inf"))
+        # By an integer: a power of two loses nothing.
+        rise = gl.ceil(gl.maximum(gl.max(scores, 1) - m, 0.0))
+        factor = gl.exp2(-rise)
+        m += rise
+        u *= factor
+        weights = gl.exp2(scores - m[:, None])
+    else:
+        weights = gl.exp2(s * scale_log2 - m[:, None])
+    if C.is_centered:
+        weights -= u[:, None]
+    if MASKED:
+        weights = gl.where(visible, weights, 0.0)
+    return pack(weights, C.dtype), m, u, factor
+
+
+@gluon.jit
+def _start_scores(memory, g, c: gl.constexpr, C: gl.constexpr, IN_TURN: gl.constexpr):
+    """Start s = q @ k^T of block g."""
+    mbarrier.wait(_ring(memory.bars, K_FULL, g, C), g // C.stages & 1)
+    if IN_TURN:
+        turn_wait(c)
+    q = _matrix(_queries(memory.rows, c, C), ROWS, C)
+    k = _matrix(_keys(memory.blocks, g, C), C.block_s, C)
+    zeros = gl.zeros([ROWS, C.block_s], gl.float32, C.scores)
+    return warpgroup_mma(q, k.permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_product(weights, acc, sums, memory, g, C: gl.constexpr):
+    """Start acc += weights @ v of block g, and with it the row sums if they are a product."""
+    mbarrier.wait(_ring(memory.bars, V_FULL, g, C), g // C.stages & 1)
+    v = _matrix(_values(memory.blocks, g, C), C.block_s, C)
+    acc = warpgroup_mma(weights, v, acc, is_async=True)
+    if C.row_sums == "product":
+        sums = warpgroup_mma(weights, memory.ones.permute([1, 0]), sums, is_async=True)
+    return acc, sums
+
+
+@gluon.jit
+def _finish_product(weights, acc, sums, memory, g, C: gl.constexpr):
+    if C.row_sums == "product":
+        acc, sums, weights = warpgroup_mma_wait(0, deps=[acc, sums, weights])
+    else:
+        acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+    mbarrier.arrive(_ring(memory.bars, V_EMPTY, g, C), count=1)
+    return acc, sums
+
+
+@gluon.jit
+def _step(
+    packed,
+    acc,
+    sums,
+    m,
+    u,
+    memory,
+    g,
+    scale_log2,
+    ends,
+    key,
+    zero,
+    c: gl.constexpr,
+    C: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Block g: its scores start ahead of the product of block g - 1, whose weights are at hand."""
+    # Younger than the scores: the product, and the row sums if they are one.
+    YOUNGER: gl.constexpr = 2 if C.row_sums == "product" else 1
+    weights = unpack(packed, zero, C.dtype, C.weights)
+    s = _start_scores(memory, g, c, C, C.takes_turns)
+    acc, sums = _start_product(weights, acc, sums, memory, g - 1, C)
+    if C.takes_turns:
+        turn_pass(c, C.consumers)
+    s = warpgroup_mma_wait(YOUNGER, deps=[s])
+    mbarrier.arrive(_ring(memory.bars, K_EMPTY, g, C), count=1)
+    packed, m, u, factor = _weights(s, scale_log2, m, u, ends, key, C, MASKED)
+    if C.row_sums == "packed":
+        if C.is_running:
+            sums *= factor
+        sums = pin(sums + _row_sums(packed, C))
+    acc, sums = _finish_product(weights, acc, sums, memory, g - 1, C)
+    if C.is_running:
+        acc *= gl.convert_layout(factor, gl.SliceLayout(1, C.outputs))[:, None]
+        if C.row_sums == "product":
+            sums *= gl.convert_layout(factor, gl.SliceLayout(1, C.sums))[:, None]
+    return packed, acc, sums, m, u
+
+
+@gluon.jit
+def _row_sums(packed, C: gl.constexpr):
+    return gl.convert_layout(sum_packed(packed, C.dtype), gl.SliceLayout(1, C.scores))
+
+
+@gluon.jit
+def _visible_value_sum(own, where, ends, sizes, value_sums, turn, c: gl.constexpr, C: gl.constexpr):
+    """Sum of v over the keys that each query sees: [ROWS, width].
+
+    Those before the position of the first query come from the prefix sums, which end there; the
+    others are among the own rows, and come from a product with ones.
+    """
+    blocks = gl.cdiv(sizes.S + sizes.lead, ROWS)
+    if C.is_causal:
+        first = _own_row(where, sizes, c, C)
+        entry = gl.minimum(gl.maximum((first + sizes.lead) // ROWS, 0), blocks)
+    else:
+        entry = blocks
+    columns = gl.arange(0, C.width, gl.SliceLayout(0, C.outputs))
+    key_heads = sizes.H // C.group
+    head = where.batch.to(gl.int64) * key_heads + where.key_head
+    sums = value_sums + (head * (blocks + 1) + entry) * sizes.value_dim
+    sums = gl.load(sums + columns, mask=columns < sizes.value_dim, other=0.0)
+    total = sums[None, :] + gl.zeros([ROWS, C.width], gl.float32, C.outputs)
+    if C.is_causal:
+        ones_layout: gl.constexpr = C.triangle
+        # turn >> 30 is 0: the triangle is not to be kept in registers from tile to tile.
+        keys = first + gl.arange(0, ROWS, gl.SliceLayout(0, ones_layout)) + (turn >> 30)
+        ends = gl.convert_layout(ends, gl.SliceLayout(1, ones_layout))
+        seen = (keys[None, :] < ends[:, None]) & (keys >= where.key_lo)[None, :]
+        ones = gl.where(seen, 1.0, 0.0).to(C.dtype)
+        total = warpgroup_mma(gl.convert_layout(ones, C.weights), own, total)
+    return total
+
+
+@gluon.jit
+def _attend(every, where, g, turn, tile, c: gl.constexpr, C: gl.constexpr):
+    """One tile of queries of consumer c, from its scores to its results."""
+    memory = every.memory
+    sizes = every.sizes
+    row_layout: gl.constexpr = gl.SliceLayout(1, C.scores)
+    zero = sizes.T >> 30
+    scale_log2 = LOG2_E * gain_of(every.gains, SCALE, where.head, C)
+    ends = _row_ends(where, sizes.diagonal, c, C)
+
+    mbarrier.wait(_own(memory.bars, Q_FULL, c, C), turn & 1)
+    s = _start_scores(memory, g, c, C, False)
+    # The results of the tile before have left: their memory may take what this one reads.
+    tma.store_wait(0)
+    if C.bytes_at_the_end > 0:
+        barrier()
+        mbarrier.arrive(_own(memory.bars, OWN_EMPTY, c, C), count=1, pred=turn > 0)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(_ring(memory.bars, K_EMPTY, g, C), count=1)
+    packed, m, u = _first_weights(s, scale_log2, ends, where.key_lo, C)
+    acc = gl.zeros([ROWS, C.width], gl.float32, C.outputs)
+    if C.row_sums == "product":
+        sums = gl.zeros([ROWS, 8], gl.float32, C.sums)
+    else:
+        sums = _row_sums(packed, C)
+
+    # Blocks that all queries of this consumer see whole, then those at the diagonal or the end.
+    whole_end = where.key_hi
+    if C.is_causal:
+        whole_end = gl.minimum(whole_end, where.row + c * ROWS + sizes.diagonal)
+    whole = gl.minimum((whole_end - where.key_lo) // C.block_s, where.blocks)
+    for block in range(1, whole):
+        key = where.key_lo + block * C.block_s
+        packed, acc, sums, m, u = _step(
+            packed, acc, sums, m, u, memory, g + block, scale_log2, ends, key, zero, c, C, False
+        )
+    for block in range(gl.maximum(whole, 1), where.blocks):
+        key = where.key_lo + block * C.block_s
+        packed, acc, sums, m, u = _step(
+            packed, acc, sums, m, u, memory, g + block, scale_log2, ends, key, zero, c, C, True
+        )
+
+    mbarrier.arrive(_own(memory.bars, Q_EMPTY, c, C), count=1)
+    last = g + where.blocks - 1
+    weights = unpack(packed, zero, C.dtype, C.weights)
+    acc, sums = _start_product(weights, acc, sums, memory, last, C)
+    acc, sums = _finish_product(weights, acc, sums, memory, last, C)
+    if C.row_sums == "product":
+        sums = gl.convert_layout(gl.max(sums, 1), row_layout)  # of equal numbers
+    _finish(every, where, turn, tile, ends, acc, sums, m, u, c, C)
+
+
+@gluon.jit
+def _finish(every, where, turn, tile, ends, acc, sums, m, u, c: gl.constexpr, C: gl.constexpr):
+    """Results of a tile from its products: what is saved, then the other terms."""
+    descriptors = every.descriptors
+    pointers = every.pointers
+    memory = every.memory
+    sizes = every.sizes
+    row_layout: gl.constexpr = gl.SliceLayout(1, C.scores)
+    out_layout: gl.constexpr = gl.SliceLayout(1, C.outputs)
+    first = where.row + c * ROWS
+    # [ROWS]
+    rows = first + gl.arange(0, ROWS, row_layout)
+    inside = rows < sizes.T
+    count = gl.maximum(ends - where.key_lo, 0).to(gl.float32)
+    has_keys = count > 0.0
+    inverse_count = gl.where(has_keys, 1.0 / gl.maximum(count, 1.0), 0.0)
+    if C.form == "fixed":
+        # NaN is not below the limit either; rows past T hold anything.
+        fits = (sums < MOST_WEIGHT) | (rows >= sizes.T)
+        left = 1 - gl.min(fits.to(gl.int32), 0)
+        gl.store(pointers.overflow + tile * C.consumers + c, left)
+    normalizer = sums
+    if C.is_centered:
+        normalizer += count * u
+    normalizer = gl.where(has_keys, normalizer, 1.0)
+    inverse_normalizer = gl.where(has_keys, 1.0 / normalizer, 0.0)
+    log2_normalizer = gl.where(has_keys, m + gl.log2(normalizer), -float("inf"))
+    at = (where.batch.to(gl.int64) * sizes.H + where.head) * sizes.T + rows
+    gl.store(pointers.lse + at, LN_2 * log2_normalizer, mask=inside)
+    if C.saves:
+        plane = sizes.heads.to(gl.int64) * sizes.T
+        gl.store(pointers.row_stats + at, log2_normalizer, mask=inside)
+        gl.store(pointers.row_stats + at + plane, count, mask=inside)
+
+    branch_gain = gain_of(every.gains, BRANCH, where.head, C)
+    softmax_gain = branch_gain * gain_of(every.gains, SOFTMAX, where.head, C)
+    own_tile = _matrix(_own_values(memory.rows, c, C), ROWS, C)
+    if C.bytes_at_the_end > 0:
+        mbarrier.wait(_own(memory.bars, OWN_FULL, c, C), turn & 1)
+    # [ROWS, width]
+    excess = acc * gl.convert_layout(inverse_normalizer, out_layout)[:, None]
+    out = softmax_gain * excess
+    if C.is_centered:
+        value_sum = _visible_value_sum(
+            own_tile, where, ends, sizes, pointers.value_sums, turn, c, C
+        )
+        on_sum = gl.convert_layout(sums * inverse_count * inverse_normalizer, out_layout)
+        excess -= on_sum[:, None] * value_sum
+        center_gain = branch_gain * gain_of(every.gains, CENTER, where.head, C)
+        on_center = gl.convert_layout((softmax_gain - center_gain) * inverse_count, out_layout)
+        out = softmax_gain * excess + on_center[:, None] * value_sum
+    if C.has_identity:
+        identity_gain = branch_gain * gain_of(every.gains, IDENTITY, where.head, C)
+        out += identity_gain * own_tile.load(C.outputs).to(gl.float32)
+    results = _matrix(_results(memory.rows, c, C), ROWS, C)
+    if C.residual == "tile":
+        skip_gain = gain_of(every.gains, SKIP, where.head, C)
+        out += skip_gain * results.load(C.outputs).to(gl.float32)
+    if C.residual == "direct":
+        skip_gain = gain_of(every.gains, SKIP, where.head, C)
+        rows = first + gl.arange(0, ROWS, out_layout)
+        columns = gl.arange(0, C.width, gl.SliceLayout(0, C.outputs))
+        inside = (rows < sizes.T)[:, None] & (columns < sizes.value_dim)[None, :]
+        strides = pointers.residual_strides
+        at = where.batch.to(gl.int64) * strides[0] + where.head.to(gl.int64) * strides[1]
+        at = at + rows.to(gl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
+        residual = gl.load(pointers.residual + at, mask=inside, other=0.0)
+        out += skip_gain * residual.to(gl.float32)
+        at = (where.batch.to(gl.int64) * sizes.H + where.head) * sizes.T
+        at = (at + rows)[:, None] * sizes.value_dim + columns[None, :]
+        gl.store(pointers.out + at, out.to(pointers.out.dtype.element_ty), mask=inside)
+    if C.residual != "direct" or C.saves:
+        # Every warp has read what the results replace.
+        barrier()
+        if C.residual != "direct":
+            results.store(out.to(C.dtype))
+        if C.saves:
+            own_tile.store(excess.to(C.dtype))
+        fence_async_shared()
+        barrier()
+        at = [where.batch, where.head, first, 0]
+        if C.residual != "direct":
+            tma_store(descriptors.out, at, _results(memory.rows, c, C))
+        if C.saves:
+            tma_store(descriptors.excess, at, _own_values(memory.rows, c, C))
+
+
+@gluon.jit
+def _consumer(every, c: gl.constexpr, C: gl.constexpr):
+    if C.takes_turns and c == C.consumers - 1:
+        turn_pass(c, C.consumers)
+    g = 0
+    turn = 0
+    for i in range(_tiles_of_program(every.sizes.tiles)):
+        tile = _tile_of_program(i)
+        if C.form != "second" or _is_left(every.pointers.overflow, tile, C):
+            where = _place(tile, every.visibility, every.sizes, C)
+            _attend(every, where, g, turn, tile, c, C)
+            g += where.blocks
+            turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _tiles_left(overflow, sizes, C: gl.constexpr):
+    """All tiles if any is left to the running maximum, none otherwise."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    flags = sizes.tiles * C.consumers
+    left = gl.zeros([512], gl.int32, layout)
+    for first in range(0, flags, 512):
+        at = first + gl.arange(0, 512, layout)
+        left |= gl.load(overflow + at, mask=at < flags, other=0)
+    return gl.where(gl.max(left, 0) > 0, sizes.tiles, 0)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "H", "T", "S", "q_offset", "diagonal", "value_dim", "lead", "heads", "heads_together",
+        "tiles",
+    ]
+)  # fmt: skip
+def attention_fwd_kernel(
+    q_descriptor,
+    k_descriptor,
+    v_descriptor,
+    own_descriptor,
+    residual_descriptor,
+    out_descriptor,
+    excess_descriptor,
+    residual_ptr,
+    out_ptr,
+    lse_ptr,
+    row_stats_ptr,
+    value_sums_ptr,
+    overflow_ptr,
+    visibility,
+    gains,
+    gain_strides,
+    residual_strides,
+    H,
+    T,
+    S,
+    q_offset,
+    diagonal,
+    value_dim,
+    lead,
+    heads,
+    heads_together,
+    tiles,
+    C: gl.constexpr,
+):
+    rows_layout: gl.constexpr = q_descriptor.layout
+    blocks_layout: gl.constexpr = k_descriptor.layout
+    rows = gl.allocate_shared_memory(C.dtype, [C.row_tiles, 1, 1, ROWS, C.width], rows_layout)
+    blocks = gl.allocate_shared_memory(
+        C.dtype, [2 * C.stages, 1, 1, C.block_s, C.width], blocks_layout
+    )
+    bars = gl.allocate_shared_memory(
+        gl.int64, [4 * C.consumers + 4 * C.stages, 1], mbarrier.MBarrierLayout()
+    )
+    ones = bars
+    if C.row_sums == "product":
+        one_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+        ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, C.block_s], C.dtype)
+        one = gl.full([8, C.block_s], 1.0, C.dtype, one_layout)
+        ones = gl.allocate_shared_memory(C.dtype, [8, C.block_s], ones_layout, one)
+    memory = Memory(rows, blocks, ones, bars)
+    for i in gl.static_range(4 * C.consumers):
+        mbarrier.init(bars.index(i), count=1)
+    for i in gl.static_range(C.stages):
+        mbarrier.init(_ring(bars, K_FULL, i, C), count=1)
+        mbarrier.init(_ring(bars, K_EMPTY, i, C), count=C.consumers)
+        mbarrier.init(_ring(bars, V_FULL, i, C), count=1)
+        mbarrier.init(_ring(bars, V_EMPTY, i, C), count=C.consumers)
+    fence_async_shared()
+    barrier()
+
+    descriptors = Descriptors(
+        q_descriptor,
+        k_descriptor,
+        v_descriptor,
+        own_descriptor,
+        residual_descriptor,
+        out_descriptor,
+        excess_descriptor,
+    )
+    pointers = Pointers(
+        residual_ptr,
+        residual_strides,
+        out_ptr,
+        lse_ptr,
+        row_stats_ptr,
+        value_sums_ptr,
+        overflow_ptr,
+    )
+    gains = Gains(gains, gain_strides)
+    sizes = Sizes(H, T, S, q_offset, diagonal, value_dim, lead, heads, heads_together, tiles)
+    if C.form == "second":
+        sizes = Sizes(
+            H, T, S, q_offset, diagonal, value_dim, lead, heads, heads_together,
+            _tiles_left(overflow_ptr, sizes, C),
+        )  # fmt: skip
+    every = Every(descriptors, pointers, memory, visibility, gains, sizes)
+    # Constants must stand inside the call: a tuple assigned before would make them values.
+    if C.consumers == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (every, gl.constexpr(0), C)),
+                (_consumer, (every, gl.constexpr(1), C)),
+                (_producer, (every, gl.constexpr(0), C)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (every, gl.constexpr(0), C)),
+                (_consumer, (every, gl.constexpr(1), C)),
+                (_consumer, (every, gl.constexpr(2), C)),
+                (_producer, (every, gl.constexpr(0), C)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )
+
+
+# Keys, in blocks, from which the form with a fixed maximum is worth a launch of its own: estimated.
+_FEWEST_BLOCKS = 4
+# Keys up to which a program takes several tiles: their ends are hidden, but long causal tiles would
+# not balance. Measured.
+_MOST_KEYS_IN_ROUNDS = 2048
+
+
+class ForwardPlan:
+    """The launches of a forward, for one signature of a call; calling it launches them."""
+
+    def __init__(self, call: Call, saves: bool) -> None:
+        q, k, v, residual, gains, visibility, _, _ = call
+        B, H, T, D = q.shape
+        HKV, S, DV = k.shape[1:3] + v.shape[3:]
+        width = width_of(D, DV)
+        tile = forward_tile(width)
+        gain_strides, gain_is_tensor = launch.gain_arguments(gains)
+        q_offset, diagonal = visibility_sizes(visibility, T, S)
+        fits = residual is not None and residual.dtype == q.dtype and launch.fits_tma(residual)
+        shape = ForwardShape(
+            *tile[:3],
+            width,
+            DTYPES[q.dtype],
+            *tile[3:],
+            is_causal=visibility.is_causal,
+            is_centered=call.is_centered,
+            has_identity=call.has_identity,
+            residual="none" if residual is None else "tile" if fits else "direct",
+            form="fixed" if _FEWEST_BLOCKS * tile.block_s <= S else "running",
+            saves=saves,
+            group=H // HKV,
+            gain_is_tensor=gain_is_tensor,
+        )
+        lead = (1 - diagonal) % 64 if visibility.is_causal else 0
+        row_tiles = triton.cdiv(T, shape.block_t)
+        tiles = B * H * row_tiles
+        fixed = (
+            gain_strides,
+            launch.strides(residual),
+            *(H, T, S, q_offset, diagonal, DV, lead, B * H),
+            heads_together(B * H, H // HKV, row_tiles, 4 * S * width, shape.is_causal),
+            tiles,
+        )
+        config = TileConfig(
+            shape.block_t, shape.block_s, 4, 1, max_registers=MOST_REGISTERS[shape.consumers]
+        )
+        at_once = min(launch.multiprocessors(q), tiles)
+        in_rounds = not shape.is_causal or S <= _MOST_KEYS_IN_ROUNDS
+        self.shape = shape
+        self.value_sums = ValuePrefixSums(v, lead) if shape.is_centered else None
+        self.overflow = tiles * shape.consumers
+        self.first = launch.Launch(
+            attention_fwd_kernel,
+            at_once if in_rounds else tiles,
+            fixed,
+            config,
+            C=Constants(shape),
+        )
+        self.second = None
+        if shape.form == "fixed":
+            second = Constants(replace(shape, form="second"))
+            self.second = launch.Launch(attention_fwd_kernel, at_once, fixed, config, C=second)
+        rows = [1, 1, 64, width]
+        keys = [1, 1, shape.block_s, width]
+        self.descriptors = Describe(rows, keys, keys, rows, rows, rows, rows)
+
+    def __call__(self, call: Call, result: ForwardResult) -> None:
+        q, k, v, residual, gains, visibility, _, _ = call
+        shape = self.shape
+        seen = visibility_arguments(visibility)
+        overflow = None
+        if self.second is not None:
+            overflow = torch.empty(self.overflow, dtype=torch.int32, device=q.device)
+        is_direct = shape.residual == "direct"
+        arguments = (
+            *self.descriptors(
+                q,
+                k,
+                v,
+                v if shape.has_own else None,
+                residual if shape.residual == "tile" else None,
+                None if is_direct else result.out,
+                result.excess,
+            ),
+            residual if is_direct else None,
+            result.out if is_direct else None,
+            result.lse,
+            result.row_stats,
+            None if self.value_sums is None else self.value_sums(v, seen),
+            overflow,
+            seen,
+            tuple(gains),
+        )
+        self.first(*arguments)
+        if self.second is not None:
+            self.second(*arguments)

@@ -1,0 +1,108 @@
+"""Tiles of the Hopper kernels: what was fastest of a sweep on an H100, by release of Triton.
+
+The assembler that comes with Triton 3.9 needs more registers: tiles that spill there are others.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+
+WIDTHS = (64, 128)
+"""Columns of a tile: head dimensions up to the larger run, in the next width that holds them."""
+
+
+class ForwardTile(NamedTuple):
+    """Tile of the forward; fields as in `ForwardShape`."""
+
+    consumers: int
+    block_s: int
+    stages: int
+    row_sums: str
+    takes_turns: bool
+
+
+_FORWARD = {
+    64: ForwardTile(3, 128, 3, "product", True),
+    128: ForwardTile(2, 128, 2, "packed", True),
+}
+_FORWARD_3_9 = _FORWARD | {64: ForwardTile(3, 64, 4, "product", True)}
+
+
+class DkdvTile(NamedTuple):
+    """Tile of the gradients of k and v; fields as in `DkdvShape`."""
+
+    consumers: int
+    block_t: int
+    stages: int
+
+
+class DqTile(NamedTuple):
+    """Tile of the gradient of q; fields as in `DqShape`."""
+
+    consumers: int
+    block_s: int
+    stages: int
+    is_pinned: bool
+
+
+# By width, and whether there is a causal mask.
+_DKDV = {
+    (64, False): DkdvTile(2, 128, 2),
+    (64, True): DkdvTile(3, 64, 3),
+    (128, False): DkdvTile(2, 64, 2),
+    (128, True): DkdvTile(2, 64, 2),
+}
+_DQ = {
+    (64, False): DqTile(3, 64, 3, True),
+    (64, True): DqTile(3, 64, 3, True),
+    (128, False): DqTile(3, 64, 2, True),
+    (128, True): DqTile(2, 128, 2, False),
+}
+_DQ_3_9 = _DQ | {(128, False): DqTile(2, 128, 2, False)}
+
+
+def release() -> tuple[int, int]:
+    """Major and minor version of the installed Triton."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def width_of(head_dim: int, value_dim: int) -> int:
+    """Columns of the tiles of a call: the smallest width that holds both head dimensions."""
+    return next(width for width in WIDTHS if width >= max(head_dim, value_dim))
+
+
+def forward_tile(width: int) -> ForwardTile:
+    """Tile of the forward for one width."""
+    return (_FORWARD if release() < (3, 9) else _FORWARD_3_9)[width]
+
+
+def dkdv_tile(width: int, is_causal: bool) -> DkdvTile:
+    """Tile of the gradients of k and v for one width."""
+    return _DKDV[width, is_causal]
+
+
+def dq_tile(width: int, is_causal: bool) -> DqTile:
+    """Tile of the gradient of q for one width."""
+    return (_DQ if release() < (3, 9) else _DQ_3_9)[width, is_causal]
+
+
+_L2_BYTES = 32 * 2**20
+_MULTIPROCESSORS = 132
+
+
+def heads_together(
+    heads: int, group: int, tiles: int, bytes_of_key_head: int, is_causal: bool
+) -> int:
+    """Query heads whose tiles are mixed, the longest first: a divisor of `heads`.
+
+    Their keys and values stay in the L2 cache, but there are at least as many tiles as
+    multiprocessors. Without a causal mask tiles are of one length, and heads follow one another.
+    """
+    if not is_causal:
+        return 1
+    fit = max(1, _L2_BYTES // bytes_of_key_head) * group
+    fit = max(fit, -(-_MULTIPROCESSORS // tiles))
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= fit)
