@@ -48,6 +48,7 @@ import itertools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 from unittest import mock
 
@@ -176,16 +177,16 @@ class _Refused:
         raise error(UnsupportedError, f"{self._name} is not emulated")
 
 
-class _Module:
-    """A module whose attributes are translated."""
+class _Translated:
+    """A module, or an object that holds constants, whose attributes are translated."""
 
-    def __init__(self, module: types.ModuleType, translation: Translation) -> None:
-        self._module, self._translation = module, translation
+    def __init__(self, original: Any, translation: Translation) -> None:
+        self._original, self._translation = original, translation
 
     def __getattr__(self, name: str) -> Any:
-        if not hasattr(self._module, name):
-            raise error(UnsupportedError, f"{self._module.__name__} has no {name}")
-        return self._translation.of(getattr(self._module, name))
+        if not hasattr(self._original, name):
+            raise error(UnsupportedError, f"{self._original} has no {name}")
+        return self._translation.of(getattr(self._original, name))
 
 
 class Translation:
@@ -200,19 +201,24 @@ class Translation:
             return EMULATED[id(value)][1]
         if isinstance(value, gl.constexpr):
             return self.of(value.value)
-        if isinstance(value, types.ModuleType):
-            return _Module(value, self)
         if isinstance(value, tuple):
             parts = map(self.of, value)
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if isinstance(value, types.ModuleType):
+            return _Translated(value, self)
+        if isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields"):
+            return memory.naming(value)
         if isinstance(value, ConstexprFunction):
             return value.fn
         is_kernel = isinstance(value, (JITFunction, InterpretedFunction))
         module = getattr(value.fn if is_kernel else value, "__module__", None) or ""
-        name = getattr(value, "__name__", type(value).__name__)
-        if module.partition(".")[0] == "triton" and callable(value) and name[-6:] != "Layout":
-            return _Refused(f"{module}.{name}")
-        return self.function(value.fn) if is_kernel else value
+        if module.partition(".")[0] == "triton":
+            name = getattr(value, "__name__", type(value).__name__)
+            is_used = callable(value) and not name.endswith("Layout")
+            return _Refused(f"{module}.{name}") if is_used else value
+        if is_kernel:
+            return self.function(value.fn)
+        return _Translated(value, self) if is_dataclass(type(value)) else value
 
     def function(self, original: Callable) -> Callable:
         if original not in self.functions:

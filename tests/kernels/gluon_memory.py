@@ -11,6 +11,7 @@ import linecache
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -101,9 +102,13 @@ class Allocation:
 class Shared(Unknown):
     """A descriptor of shared memory: a view of an allocation."""
 
-    def __init__(self, allocation: Allocation, data: torch.Tensor, path: str) -> None:
-        self.allocation, self.data, self.path = allocation, data, path
+    def __init__(self, allocation: Allocation, data: torch.Tensor, part: str = "") -> None:
+        self.allocation, self.data, self.part = allocation, data, part
         self.layout = allocation.layout
+
+    @property
+    def path(self) -> str:
+        return self.allocation.name + self.part
 
     @property
     def shape(self) -> list[int]:
@@ -118,12 +123,12 @@ class Shared(Unknown):
 
     def index(self, index) -> Shared:
         part = self._narrowed(0, int(index), 1).squeeze(0)
-        return Shared(self.allocation, part, f"{self.path}[{int(index)}]")
+        return Shared(self.allocation, part, f"{self.part}[{int(index)}]")
 
     def slice(self, start, length, dim=0) -> Shared:
         start, length = int(start), int(length)
-        path = f"{self.path}.slice({start}, {length}, dim={dim})"
-        return Shared(self.allocation, self._narrowed(dim, start, length), path)
+        part = f"{self.part}.slice({start}, {length}, dim={dim})"
+        return Shared(self.allocation, self._narrowed(dim, start, length), part)
 
     def _narrowed(self, dim: int, start: int, length: int) -> torch.Tensor:
         size = self.data.shape[dim]
@@ -133,10 +138,10 @@ class Shared(Unknown):
         return self.data.narrow(dim, start, length)
 
     def reshape(self, shape) -> Shared:
-        return Shared(self.allocation, self.data.view(integers((shape,))), self.path)
+        return Shared(self.allocation, self.data.view(integers((shape,))), self.part)
 
     def permute(self, order) -> Shared:
-        return Shared(self.allocation, self.data.permute(integers((order,))), self.path)
+        return Shared(self.allocation, self.data.permute(integers((order,))), self.part)
 
     def load(self, layout=None) -> Tensor:
         pause()
@@ -200,18 +205,31 @@ def note_access(view: Shared, what: str, is_write: bool, operation: Operation | 
 def allocate_shared_memory(element_ty, shape, layout, value=None) -> Shared:
     program, dtype, frame = running().program, torch_dtype(element_ty), sys._getframe(1)
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    assigned = re.match(r"\s*(\w+)\s*=", line)
-    name = assigned[1] if assigned else f"shared memory {len(program.allocations)}"
+    assigned = re.match(r"\s*(\w+) = gl", line)
+    name = assigned[1] if assigned else f"allocation {len(program.allocations)}"
     data = torch.full(integers((shape,)), poison(dtype), dtype=dtype)
     program.allocations.append(Allocation(name, data, layout))
     size = sum(x.data.nbytes for x in program.allocations)
     Machine.active.statistics.shared_bytes = size
     if size > SHARED_BYTES:
         raise error(BoundsError, f"{size} bytes of shared memory, of {SHARED_BYTES}")
-    view = Shared(program.allocations[-1], data, name)
+    view = Shared(program.allocations[-1], data)
     if value is not None:
         view.store(value)
     return view
+
+
+def naming(record: type) -> Callable:
+    """Make a NamedTuple that names the allocations that it gets as fields."""
+
+    def make(*args, **kwargs):
+        made = record(*args, **kwargs)
+        for name, x in zip(record._fields, made, strict=True):
+            if isinstance(x, Shared) and not x.part:
+                x.allocation.name = name
+        return made
+
+    return make
 
 
 # -------------------------------------------------------------------------------- barriers

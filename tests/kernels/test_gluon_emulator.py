@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
@@ -131,16 +132,17 @@ def test_copy_of_ragged_tensors(B, H, T, D):
 
 
 # ---------------------------------------------- a product with k and v in rings, taking turns
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Sizes:
     """Constants of the kernel below."""
 
-    stages: int
-    width: int
-    dtype: gl.dtype
+    stages: gl.constexpr
+    width: gl.constexpr
+    dtype: gl.constexpr
 
     @property
     def accumulator(self):
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+        return gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 
 
 @gluon.jit
@@ -233,7 +235,8 @@ def attended(seed=0, dtype=torch.bfloat16, T=200, S=300):
     torch.manual_seed(0)
     q, k, v = (torch.randn(length, 64).to(dtype) for length in (T, S, S))
     out = torch.full((T, 64), math.nan).to(dtype)
-    sizes = Sizes(2, 64, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    sizes = Sizes(*(gl.constexpr(x) for x in (2, 64, kind)))
     arguments = [descriptor(x, 64) for x in (q, k, v, out)]
     run(attend_kernel, (triton.cdiv(T, 128),), *arguments, S, sizes, seed=seed, num_warps=4)
     q, k, v = q.double(), k.double(), v.double()
