@@ -40,6 +40,7 @@ from gluon_values import (
     Tensor,
     Unknown,
     integers,
+    on_cpu,
     poison,
     torch_dtype,
 )
@@ -379,19 +380,10 @@ def warp_specialize(functions_and_args, worker_num_warps, worker_num_regs=None) 
     partition.meet()
     (function, arguments), *workers = functions_and_args
     partition.program.compiler_barriers = 2 + len(workers)
-    started = [
-        Partition(
-            partition.program,
-            f"partition {i} ({worker.__name__})",
-            warps,
-            partition.known,
-            worker,
-            worker_arguments,
-        )
-        for i, ((worker, worker_arguments), warps) in enumerate(
-            zip(workers, worker_num_warps, strict=True), 1
-        )
-    ]
+    started = []
+    for i, (worker, warps) in enumerate(zip(workers, worker_num_warps, strict=True), 1):
+        name = f"partition {i} ({worker[0].__name__})"
+        started.append(Partition(partition.program, name, warps, partition.known, *worker))
     name, partition.name = partition.name, f"partition 0 ({function.__name__})"
     result = function(*arguments)
     pause(lambda: all(x.is_done for x in started), lambda: "the other partitions")
@@ -410,7 +402,7 @@ class Descriptor(Unknown):
         self.strides = list(host.strides)
         self.block_shape = list(host.block_shape)
         self.layout = host.layout
-        self.data = host.base.detach().as_strided(self.shape, self.strides)
+        self.data = on_cpu(host.base).as_strided(self.shape, self.strides)
         self.dtype = TRITON_DTYPES[self.data.dtype]
         self.padding = math.nan if host.padding == "nan" else 0
         self.nbytes_per_cta = math.prod(self.block_shape) * self.data.itemsize

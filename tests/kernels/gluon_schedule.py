@@ -29,6 +29,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 # A name in the globals of every function that is kernel code.
 KERNEL_MARK = "__emulated_kernel__"
 
@@ -209,11 +211,13 @@ class Partition:
         self.baton.acquire()
         machine = Machine.active
         try:
-            if machine.failure is None:
-                function(*arguments)
-                self.is_done = True
-                machine.partitions.remove(self)
-                machine.pass_on()
+            # Each thread has a mode of its own: in this one all tensors can be written.
+            with torch.inference_mode():
+                if machine.failure is None:
+                    function(*arguments)
+                    self.is_done = True
+                    machine.partitions.remove(self)
+                    machine.pass_on()
         except _Abandoned:
             pass
         except BaseException as failure:

@@ -169,9 +169,12 @@ def _promoted(a: Any, b: Any, is_division: bool = False) -> tuple[torch.Tensor, 
         dtype = _common_dtype(x.dtype, y.dtype)
     else:
         # A Python number takes the tensor's type unless it is of a higher kind.
-        tensor, number = (x.dtype, y.dtype) if isinstance(a, Tensor) else (y.dtype, x.dtype)
-        fits = _kind(number) <= _kind(tensor)
-        dtype = tensor if fits else _common_dtype(tensor, number)
+        tensor, number = (x, y) if isinstance(a, Tensor) else (y, x)
+        dtype = tensor.dtype
+        if _kind(number.dtype) > _kind(dtype):
+            dtype = _common_dtype(dtype, number.dtype)
+        elif not number.dtype.is_floating_point and number.to(dtype) != number:
+            raise error(EmulationError, f"the number {number} does not fit {TRITON_DTYPES[dtype]}")
     if is_division and dtype != torch.float64:
         dtype = torch.float32
     return x.to(dtype), y.to(dtype)
@@ -300,13 +303,19 @@ def range_(start, end=None, step=1, num_stages=None) -> Any:
 
 
 # -------------------------------------------------------------------------------- global memory
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"tensors must be on the CPU to be emulated, got one on {tensor.device}")
+    return tensor.detach()
+
+
 class GlobalMemory:
     """What a tensor spans, flat, and which elements of that are the tensor's (None: all)."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         shape, strides = tensor.shape, tensor.stride()
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        self.data = tensor.detach().as_strided((extent if tensor.numel() else 0,), (1,))
+        self.data = on_cpu(tensor).as_strided((extent if tensor.numel() else 0,), (1,))
         self.is_element = None
         if extent > tensor.numel() > 0:
             self.is_element = torch.zeros(extent, dtype=torch.bool)

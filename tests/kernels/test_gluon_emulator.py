@@ -652,6 +652,24 @@ def test_what_is_refused(what, kind, text):
         run(unknown_kernel, 1, torch.zeros(1), what)
 
 
+def test_numbers_that_do_not_fit_are_refused():
+    with (
+        edited(_count, "i += 1", "i = tile + 2**31").active(),
+        pytest.raises(EmulationError, match="2147483648.* does not fit int32"),
+    ):
+        counted()
+
+
+def test_tensors_elsewhere_are_refused():
+    with pytest.raises(ValueError, match="must be on the CPU to be emulated, got one on meta"):
+        run(unknown_kernel, 1, torch.zeros(1, device="meta"), 6)
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        assert counted() and copied()[0]
+
+
 def test_options_are_checked():
     with pytest.raises(TypeError, match="num_ctax"):
         run(unknown_kernel, 1, torch.zeros(1), 6, num_ctax=2)
