@@ -137,7 +137,7 @@ def _portable() -> Family:
 
 
 def _hopper() -> Family:
-    from .attention_bwd import BackwardPlan
+    from .hopper.attention_bwd import BackwardPlan
     from .hopper.attention_fwd import ForwardPlan
 
     return Family(ForwardPlan, BackwardPlan)

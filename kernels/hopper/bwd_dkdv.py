@@ -13,6 +13,7 @@ Barriers, all in one array; the parities of a stage count the tiles (`step`) of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from triton.experimental import gluon
@@ -42,7 +43,8 @@ from .primitives import (
 )
 
 
-class DkdvShape(NamedTuple):
+@dataclass(frozen=True)
+class DkdvShape:
     """What the kernel is compiled for.
 
     Attributes:
@@ -140,8 +142,8 @@ class Sizes(NamedTuple):
     heads_together: gl.tensor
 
 
-class Inputs(NamedTuple):
-    """All that every partition is given; d_out_ptr: the gradient of out before any rounding."""
+class Every(NamedTuple):
+    """All that a warpgroup is given; d_out_ptr: the gradient of out before any rounding."""
 
     descriptors: Descriptors
     d_out_ptr: gl.tensor
@@ -224,11 +226,11 @@ def _load_keys(descriptor, where, full, keys, FIRST: gl.constexpr, C: gl.constex
 
 
 @gluon.jit
-def _producer(inputs, c: gl.constexpr, C: gl.constexpr):
-    descriptors = inputs.descriptors
-    memory = inputs.memory
+def _producer(every, c: gl.constexpr, C: gl.constexpr):
+    descriptors = every.descriptors
+    memory = every.memory
     bars = memory.bars
-    where = _place(inputs.visibility, inputs.sizes, C)
+    where = _place(every.visibility, every.sizes, C)
     q_bytes: gl.constexpr = descriptors.q.block_type.nbytes
     term_bytes: gl.constexpr = descriptors.row_terms.block_type.nbytes
     if where.first < where.tiles:
@@ -244,7 +246,7 @@ def _producer(inputs, c: gl.constexpr, C: gl.constexpr):
             mbarrier.expect(full, q_bytes + C.terms * term_bytes)
             tma_load(descriptors.q, [where.batch, head, row, 0], full, memory.queries.index(stage))
             for plane in gl.static_range(C.terms):
-                at = [plane, where.batch * inputs.sizes.H + head, row]
+                at = [plane, where.batch * every.sizes.H + head, row]
                 tma_load(
                     descriptors.row_terms, at, full, memory.terms.index(C.terms * stage + plane)
                 )
@@ -371,30 +373,30 @@ def _step(
 
 
 @gluon.jit
-def _add_identity(dv, inputs, where, key, C: gl.constexpr):
+def _add_identity(dv, every, where, key, C: gl.constexpr):
     """Add what the queries at the positions of the keys give to dv directly."""
-    sizes = inputs.sizes
-    strides = inputs.d_out_strides
+    sizes = every.sizes
+    strides = every.d_out_strides
     rows = key - sizes.q_offset + gl.arange(0, ROWS, gl.SliceLayout(1, C.outputs))
     columns = gl.arange(0, C.width, gl.SliceLayout(0, C.outputs))
     inside = ((rows >= 0) & (rows < sizes.T))[:, None] & (columns < sizes.DV)[None, :]
     offsets = rows.to(gl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
     for member in range(C.group):
         head = where.key_head * C.group + member
-        factor = gain_of(inputs.gains, BRANCH, head, C)
-        factor *= gain_of(inputs.gains, IDENTITY, head, C)
-        base = head_base(inputs.d_out_ptr, where.batch, head, strides)
+        factor = gain_of(every.gains, BRANCH, head, C)
+        factor *= gain_of(every.gains, IDENTITY, head, C)
+        base = head_base(every.d_out_ptr, where.batch, head, strides)
         dv += factor * gl.load(base + offsets, mask=inside, other=0.0).to(gl.float32)
     return dv
 
 
 @gluon.jit
-def _consumer(inputs, c: gl.constexpr, C: gl.constexpr):
-    memory = inputs.memory
-    diagonal = inputs.sizes.diagonal
-    where = _place(inputs.visibility, inputs.sizes, C)
+def _consumer(every, c: gl.constexpr, C: gl.constexpr):
+    memory = every.memory
+    diagonal = every.sizes.diagonal
+    where = _place(every.visibility, every.sizes, C)
     key = where.key + c * ROWS
-    largest_scale, weight_lift = _group_scales(inputs.gains, where.key_head, C)
+    largest_scale, weight_lift = _group_scales(every.gains, where.key_head, C)
     count = where.tiles - where.first
     # The diagonal crosses tiles before `masked`.
     masked = where.first
@@ -408,7 +410,7 @@ def _consumer(inputs, c: gl.constexpr, C: gl.constexpr):
         mbarrier.wait(memory.bars.index(V_FULL), 0)
     for member in range(C.group):
         factors = _factors(
-            inputs.gains, where.key_head * C.group + member, largest_scale, weight_lift, C
+            every.gains, where.key_head * C.group + member, largest_scale, weight_lift, C
         )
         start = member * count - where.first
         if C.is_causal:
@@ -428,29 +430,29 @@ def _consumer(inputs, c: gl.constexpr, C: gl.constexpr):
     dk = gl.where(inside, largest_scale * dk, 0.0)
     k_tile.reshape([ROWS, C.width]).store(dk.to(C.dtype))
     if C.signs_dv:
-        dv *= sign_of(inputs.gains, where.key_head, C)
+        dv *= sign_of(every.gains, where.key_head, C)
     elif C.lifts_weights:
         dv *= 1.0 / weight_lift
     dv = gl.where(inside, dv, 0.0)
     if C.has_identity:
-        dv = _add_identity(dv, inputs, where, key, C)
+        dv = _add_identity(dv, every, where, key, C)
     v_tile.reshape([ROWS, C.width]).store(dv.to(C.dtype))
     fence_async_shared()
     barrier()
-    tma_store(inputs.descriptors.dk, [where.batch, where.key_head, key, 0], k_tile)
-    tma_store(inputs.descriptors.dv, [where.batch, where.key_head, key, 0], v_tile)
+    tma_store(every.descriptors.dk, [where.batch, where.key_head, key, 0], k_tile)
+    tma_store(every.descriptors.dv, [where.batch, where.key_head, key, 0], v_tile)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["H", "T", "S", "DV", "q_offset", "diagonal", "heads_together"])
 def attention_bwd_dkdv_kernel(
-    q,
-    k,
-    v,
-    d_out,
-    row_terms,
-    dk,
-    dv,
+    q_descriptor,
+    k_descriptor,
+    v_descriptor,
+    d_out_descriptor,
+    row_terms_descriptor,
+    dk_descriptor,
+    dv_descriptor,
     d_out_ptr,
     visibility,
     gains,
@@ -465,12 +467,22 @@ def attention_bwd_dkdv_kernel(
     heads_together,
     C: gl.constexpr,
 ):
+    descriptors = Descriptors(
+        q_descriptor,
+        k_descriptor,
+        v_descriptor,
+        d_out_descriptor,
+        row_terms_descriptor,
+        dk_descriptor,
+        dv_descriptor,
+    )
+    k_layout: gl.constexpr = k_descriptor.layout
+    q_layout: gl.constexpr = q_descriptor.layout
+    term_layout: gl.constexpr = row_terms_descriptor.layout
     memory = Memory(
-        gl.allocate_shared_memory(C.dtype, [2 * C.consumers, 1, 1, ROWS, C.width], k.layout),
-        gl.allocate_shared_memory(C.dtype, [2 * C.stages, 1, 1, C.block_t, C.width], q.layout),
-        gl.allocate_shared_memory(
-            gl.float32, [C.terms * C.stages, 1, 1, C.block_t], row_terms.layout
-        ),
+        gl.allocate_shared_memory(C.dtype, [2 * C.consumers, 1, 1, ROWS, C.width], k_layout),
+        gl.allocate_shared_memory(C.dtype, [2 * C.stages, 1, 1, C.block_t, C.width], q_layout),
+        gl.allocate_shared_memory(gl.float32, [C.terms * C.stages, 1, 1, C.block_t], term_layout),
         gl.allocate_shared_memory(gl.int64, [2 + 3 * C.stages, 1], mbarrier.MBarrierLayout()),
     )
     mbarrier.init(memory.bars.index(K_FULL), count=1)
@@ -481,8 +493,8 @@ def attention_bwd_dkdv_kernel(
         mbarrier.init(_ring(memory.bars, EMPTY, stage, C), count=C.consumers)
     fence_async_shared()
     barrier()
-    inputs = Inputs(
-        Descriptors(q, k, v, d_out, row_terms, dk, dv),
+    every = Every(
+        descriptors,
         d_out_ptr,
         d_out_strides,
         visibility,
@@ -493,9 +505,9 @@ def attention_bwd_dkdv_kernel(
     if C.consumers == 2:
         gl.warp_specialize(
             [
-                (_consumer, (inputs, gl.constexpr(0), C)),
-                (_consumer, (inputs, gl.constexpr(1), C)),
-                (_producer, (inputs, gl.constexpr(0), C)),
+                (_consumer, (every, gl.constexpr(0), C)),
+                (_consumer, (every, gl.constexpr(1), C)),
+                (_producer, (every, gl.constexpr(0), C)),
             ],
             [4, 1],
             [240, 24],
@@ -503,10 +515,10 @@ def attention_bwd_dkdv_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (inputs, gl.constexpr(0), C)),
-                (_consumer, (inputs, gl.constexpr(1), C)),
-                (_consumer, (inputs, gl.constexpr(2), C)),
-                (_producer, (inputs, gl.constexpr(0), C)),
+                (_consumer, (every, gl.constexpr(0), C)),
+                (_consumer, (every, gl.constexpr(1), C)),
+                (_consumer, (every, gl.constexpr(2), C)),
+                (_producer, (every, gl.constexpr(0), C)),
             ],
             [4, 4, 1],
             [160, 160, 32],

@@ -11,6 +11,7 @@ Barriers, all in one array; the parities of a stage count the blocks (`g`) of th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from triton.experimental import gluon
@@ -40,15 +41,16 @@ from .primitives import (
 )
 
 
-class DqShape(NamedTuple):
+@dataclass(frozen=True)
+class DqShape:
     """What the kernel is compiled for.
 
     Attributes:
         consumers: warpgroups, of 64 queries each.
         block_s, stages: keys of a block, and how many blocks are in flight.
+        is_pinned: the weights are computed ahead of the wait for dP.
         width: columns of all tiles.
         dtype: of q, k and v.
-        is_pinned: the weights are computed ahead of the wait for dP.
         is_causal: whether queries see different keys.
         group: query heads of a key head.
         gain_is_tensor: which gains are.
@@ -57,9 +59,9 @@ class DqShape(NamedTuple):
     consumers: int
     block_s: int
     stages: int
+    is_pinned: bool
     width: int
     dtype: gl.dtype
-    is_pinned: bool
     is_causal: bool
     group: int
     gain_is_tensor: tuple[bool, ...]
@@ -113,8 +115,8 @@ class Sizes(NamedTuple):
     heads_together: gl.tensor
 
 
-class Inputs(NamedTuple):
-    """All that every partition is given."""
+class Every(NamedTuple):
+    """All that a warpgroup is given."""
 
     descriptors: Descriptors
     row_terms_ptr: gl.tensor
@@ -172,11 +174,11 @@ def _place(visibility, sizes, C: gl.constexpr):
 
 # ------------------------------------------------------------------------------------- producer
 @gluon.jit
-def _producer(inputs, c: gl.constexpr, C: gl.constexpr):
-    descriptors = inputs.descriptors
-    memory = inputs.memory
+def _producer(every, c: gl.constexpr, C: gl.constexpr):
+    descriptors = every.descriptors
+    memory = every.memory
     bars = memory.bars
-    where = _place(inputs.visibility, inputs.sizes, C)
+    where = _place(every.visibility, every.sizes, C)
     for i in gl.static_range(C.consumers):
         at = [where.batch, where.head, where.row + i * ROWS, 0]
         mbarrier.expect(bars.index(i), 2 * descriptors.q.block_type.nbytes)
@@ -257,25 +259,25 @@ def _step(dq, memory, row, factors, g, key, c: gl.constexpr, C: gl.constexpr, MA
 
 
 @gluon.jit
-def _consumer(inputs, c: gl.constexpr, C: gl.constexpr):
-    memory = inputs.memory
-    T = inputs.sizes.T
-    where = _place(inputs.visibility, inputs.sizes, C)
+def _consumer(every, c: gl.constexpr, C: gl.constexpr):
+    memory = every.memory
+    T = every.sizes.T
+    where = _place(every.visibility, every.sizes, C)
     row = where.row + c * ROWS
-    scale = gain_of(inputs.gains, SCALE, where.head, C)
-    sign = sign_of(inputs.gains, where.head, C)
+    scale = gain_of(every.gains, SCALE, where.head, C)
+    sign = sign_of(every.gains, where.head, C)
     # [ROWS]
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, C.scores))
     inside = rows < T
     tiles = gl.cdiv(T, C.block_t)
     aligned = aligned_rows(T)
     plane = (gl.num_programs(0) // tiles).to(gl.int64) * aligned
-    terms = inputs.row_terms_ptr + where.batch_head.to(gl.int64) * aligned + rows
+    terms = every.row_terms_ptr + where.batch_head.to(gl.int64) * aligned + rows
     exponent = gl.load(terms, mask=inside, other=float("inf"))
     delta = gl.load(terms + plane, mask=inside, other=0.0)
     # Blocks before `whole` are seen by every row.
-    ends = gl.minimum(where.key_hi, rows + inputs.sizes.diagonal)
-    whole = gl.minimum(where.key_hi, row + inputs.sizes.diagonal) - where.key_lo
+    ends = gl.minimum(where.key_hi, rows + every.sizes.diagonal)
+    whole = gl.minimum(where.key_hi, row + every.sizes.diagonal) - where.key_lo
     whole = gl.minimum(gl.maximum(whole, 0) // C.block_s, where.blocks)
 
     dq = gl.zeros([ROWS, C.width], gl.float32, C.outputs)
@@ -291,26 +293,26 @@ def _consumer(inputs, c: gl.constexpr, C: gl.constexpr):
 
     q_tile = memory.queries.index(c)
     q = q_tile.reshape([ROWS, C.width])
-    if inputs.scale_dots_ptr is not None:
+    if every.scale_dots_ptr is not None:
         # d loss / d scale = sum_i q_i . (dS K)_i; one slot per head and 64 queries.
         dots = gl.sum(gl.sum(dq * q.load(C.outputs).to(gl.float32), 1), 0)
         slot = (where.batch_head * tiles + where.number) * C.consumers + c
-        gl.store(inputs.scale_dots_ptr + slot, dots)
+        gl.store(every.scale_dots_ptr + slot, dots)
     barrier()  # all warps have read q, whose place dq takes
     q.store((scale * dq).to(C.dtype))
     fence_async_shared()
     barrier()
-    tma_store(inputs.descriptors.dq, [where.batch, where.head, row, 0], q_tile)
+    tma_store(every.descriptors.dq, [where.batch, where.head, row, 0], q_tile)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["H", "T", "S", "diagonal", "heads_together"])
 def attention_bwd_dq_kernel(
-    q,
-    k,
-    v,
-    d_out,
-    dq,
+    q_descriptor,
+    k_descriptor,
+    v_descriptor,
+    d_out_descriptor,
+    dq_descriptor,
     row_terms_ptr,
     scale_dots_ptr,
     visibility,
@@ -323,12 +325,13 @@ def attention_bwd_dq_kernel(
     heads_together,
     C: gl.constexpr,
 ):
+    q_layout: gl.constexpr = q_descriptor.layout
+    k_layout: gl.constexpr = k_descriptor.layout
+    bars_layout: gl.constexpr = mbarrier.MBarrierLayout()
     memory = Memory(
-        gl.allocate_shared_memory(C.dtype, [2 * C.consumers, 1, 1, ROWS, C.width], q.layout),
-        gl.allocate_shared_memory(C.dtype, [2 * C.stages, 1, 1, C.block_s, C.width], k.layout),
-        gl.allocate_shared_memory(
-            gl.int64, [C.consumers + 3 * C.stages, 1], mbarrier.MBarrierLayout()
-        ),
+        gl.allocate_shared_memory(C.dtype, [2 * C.consumers, 1, 1, ROWS, C.width], q_layout),
+        gl.allocate_shared_memory(C.dtype, [2 * C.stages, 1, 1, C.block_s, C.width], k_layout),
+        gl.allocate_shared_memory(gl.int64, [C.consumers + 3 * C.stages, 1], bars_layout),
     )
     for i in gl.static_range(C.consumers):
         mbarrier.init(memory.bars.index(i), count=1)
@@ -338,8 +341,8 @@ def attention_bwd_dq_kernel(
         mbarrier.init(_ring(memory.bars, EMPTY, stage, C), count=C.consumers)
     fence_async_shared()
     barrier()
-    inputs = Inputs(
-        Descriptors(q, k, v, d_out, dq),
+    every = Every(
+        Descriptors(q_descriptor, k_descriptor, v_descriptor, d_out_descriptor, dq_descriptor),
         row_terms_ptr,
         scale_dots_ptr,
         visibility,
@@ -350,9 +353,9 @@ def attention_bwd_dq_kernel(
     if C.consumers == 2:
         gl.warp_specialize(
             [
-                (_consumer, (inputs, gl.constexpr(0), C)),
-                (_consumer, (inputs, gl.constexpr(1), C)),
-                (_producer, (inputs, gl.constexpr(0), C)),
+                (_consumer, (every, gl.constexpr(0), C)),
+                (_consumer, (every, gl.constexpr(1), C)),
+                (_producer, (every, gl.constexpr(0), C)),
             ],
             [4, 1],
             [240, 24],
@@ -360,10 +363,10 @@ def attention_bwd_dq_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (inputs, gl.constexpr(0), C)),
-                (_consumer, (inputs, gl.constexpr(1), C)),
-                (_consumer, (inputs, gl.constexpr(2), C)),
-                (_producer, (inputs, gl.constexpr(0), C)),
+                (_consumer, (every, gl.constexpr(0), C)),
+                (_consumer, (every, gl.constexpr(1), C)),
+                (_consumer, (every, gl.constexpr(2), C)),
+                (_producer, (every, gl.constexpr(0), C)),
             ],
             [4, 4, 1],
             [160, 160, 32],
