@@ -26,8 +26,9 @@ Stricter than the hardware:
 
 Not modelled:
 
-- A partition is one thread, whose loads are over at once, and whose loads and stores are in order;
-  of its stores, fences and copies it is kept apart what only the issuing thread knows.
+- A partition is one thread, whose loads are over at once, and whose loads and stores are in order:
+  only what its threads know of their own stores, fences and copies is kept apart until they meet.
+  A fence counts for all stores that it knows of, those of other partitions included.
 - Layouts are not kept (the compiler checks them), nor are bank conflicts, alignment in shared
   memory, register pressure, operands in registers that are overwritten while a product runs.
 - Accesses to global memory are not checked for races; a copy to it is written when it is read.

@@ -157,21 +157,22 @@ class Shared(Unknown):
         self.data.copy_(value.data)
 
 
-def note_access(view: Shared, what: str, is_write: bool, operation: Operation | None = None):
+def note_access(
+    view: Shared, what: str, is_write: bool, operation: Operation | None = None
+) -> None:
     """Note an access by the running partition, or by an operation that it issues; refuse a race.
 
     The compiler orders the loads and stores of one partition by its own barriers.
     """
     partition, allocation = running(), view.allocation
-    region, is_written = Region(view.data), False
+    is_asynchronous, is_written, region = operation is not None, False, Region(view.data)
     for old in allocation.accesses:
         if not (is_write or old.is_write) or not region.overlaps(old.region):
             continue
         is_written |= old.is_write
-        are_plain = operation is None and not old.is_asynchronous
-        if are_plain and old.partition is partition:
+        if old.partition is partition and not (is_asynchronous or old.is_asynchronous):
             continue
-        needs_fence = operation is not None and old.is_write and not old.is_asynchronous
+        needs_fence = is_asynchronous and old.is_write and not old.is_asynchronous
         needed = old.event << 1 if needs_fence else old.event
         if not partition.known & needed:
             if partition.own & needed:
@@ -198,7 +199,6 @@ def note_access(view: Shared, what: str, is_write: bool, operation: Operation | 
             partition.own |= event
         else:
             partition.known |= event
-    is_asynchronous = operation is not None
     access = Access(region, is_write, is_asynchronous, partition, event, what, place)
     allocation.accesses.append(access)
 

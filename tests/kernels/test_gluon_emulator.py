@@ -584,6 +584,37 @@ def test_values():
     assert abs(floats[4, 0] - exact) <= 8 * 2**-24 * v.double().abs().sum()
 
 
+@gluon.jit
+def reductions_kernel(x, along_rows, along_columns, moved):
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, 16, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, 8, gl.SliceLayout(0, layout))
+    at = rows[:, None] * 8 + columns[None, :]
+    v = gl.load(x + at)
+    gl.store(along_rows + rows, gl.max(v, 1))
+    gl.store(along_rows + 16 + rows, gl.sum(gl.where(v == v, v, 0.0), 1))
+    gl.store(along_rows + 32 + rows, gl.sum((v > 0).to(gl.int32), axis=1))
+    gl.store(along_columns + columns, gl.min(v, 0))
+    low, high = gl.split(v.reshape([16, 4, 2]))
+    gl.store(moved + at, gl.convert_layout(gl.join(high, low).reshape([16, 8]), layout))
+
+
+def test_reductions():
+    x = torch.randn(16, 8)
+    x[3, 1:] = x[:, 5] = math.nan
+    along_rows, along_columns, moved = torch.zeros(3, 16), torch.zeros(8), torch.zeros(16, 8)
+    run(reductions_kernel, 1, x, along_rows, along_columns, moved)
+    assert torch.equal(along_rows[0], x.nan_to_num(-math.inf).amax(1))  # pass over NaN
+    errors = (along_rows[1] - x.double().nansum(1)).abs()
+    assert (errors <= 8 * 2**-24 * x.double().abs().nansum(1)).all()
+    assert torch.equal(along_rows[2], (x > 0).sum(1).float())
+    least = x.nan_to_num(math.inf).amin(0)
+    least[5] = math.nan  # but for nothing else
+    assert torch.equal(along_columns.nan_to_num(7.0), least.nan_to_num(7.0))
+    swapped = x.view(16, 4, 2).flip(2).reshape(16, 8)
+    assert torch.equal(moved.nan_to_num(7.0), swapped.nan_to_num(7.0))
+
+
 def test_addresses_out_of_bounds():
     ints, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(40)
     others = (ints, floats, (None, None), Limits(0, 0), 8, 0.0, (False,))
