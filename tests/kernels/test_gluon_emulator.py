@@ -391,9 +391,9 @@ EDITS = {
         "    tma.store_wait(0)\n        mbarrier.arrive(bars.index(STAGES), count=1)\n    ",
         EmulationError,
     ),
-    "too little read": (_copy_out, "i * ROWS", "i * ROWS + 1", None),
+    "a row off": (_copy_out, "i * ROWS", "i * ROWS + 1", None),
     "rows past the ring": (_copy_in, "ring.index(stage)", "ring.index(i)", BoundsError),
-    "unwaited": (
+    "a block too much": (
         _attend_in,
         "for j in range(blocks)",
         "for j in range(blocks + 1)",
