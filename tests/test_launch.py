@@ -13,9 +13,11 @@ PREPARE = """
     import torch
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
     from shaped_attn import ESPA, shaped_attention, validation
     from shaped_attn.kernels import launch
+    from shaped_attn.kernels.families import use_family
     from shaped_attn.kernels.stand_in import StandInDriver
 
     stand_in = StandInDriver(ARCH)
@@ -36,7 +38,7 @@ PREPARE = """
     def describe(x):
         if isinstance(x, torch.Tensor):
             return x.dtype, x.shape, x.stride()
-        if isinstance(x, TensorDescriptor):
+        if isinstance(x, TensorDescriptor | GluonDescriptor):
             return "descriptor", describe(x.base), tuple(x.block_shape)
         return tuple(map(describe, x)) if isinstance(x, tuple) else x
 
@@ -44,7 +46,7 @@ PREPARE = """
         "Launch a forward and a backward; return what was launched and what went through Triton."
         stand_in.launches.clear()
         compilations.clear()
-        with launch.assume_architecture(ARCH):
+        with launch.assume_architecture(ARCH), use_family(FAMILY):
             out = shaped_attention(*inputs, impl="triton", **options)
             out.sum().backward()
         # All but the metadata, a new object for each launch.
@@ -52,13 +54,15 @@ PREPARE = """
 """
 
 
-def run(script, arch=80):
+def run(script, arch=80, family="portable"):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            "\n".join(map(textwrap.dedent, (f"ARCH = {arch}", PREPARE, script))),
+            "\n".join(
+                map(textwrap.dedent, (f"ARCH = {arch}; FAMILY = {family!r}", PREPARE, script))
+            ),
         ],
         env=environment,
         capture_output=True,
@@ -67,7 +71,7 @@ def run(script, arch=80):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch, family", [(80, "portable"), (90, "portable"), (90, "hopper")])
 @pytest.mark.parametrize(
     "options",
     [
@@ -78,7 +82,7 @@ def run(script, arch=80):
     ],
     ids=["causal", "learned_gains", "mask", "learned_prior"],
 )
-def test_the_second_call_launches_what_the_first_did(options, arch):
+def test_the_second_call_launches_what_the_first_did(options, arch, family):
     run(
         f"""
         options = dict({options})
@@ -91,8 +95,11 @@ def test_the_second_call_launches_what_the_first_did(options, arch):
         # Where the hardware has them, a new tensor gets a new descriptor.
         described = [x for y in second for x in y if isinstance(x, tuple) and "descriptor" in x]
         assert bool(described) == (ARCH == 90)
+        hopper = "attn_mask" not in options and "prior" not in options and FAMILY == "hopper"
+        assert any(isinstance(x, GluonDescriptor) for y in stand_in.launches for x in y) == hopper
     """,
         arch,
+        family,
     )
 
 
