@@ -68,26 +68,14 @@ class Preprocess:
         d_residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         v = call.v
-        row_terms, gain_dots, prior_dots = (
+        block_sums = None if self.value_sums is None else self.value_sums(v)
+        given = (v, call.residual, d_out, d_lse, *saved[2:], block_sums)
+        seen = visibility_arguments(call.visibility)
+        terms = tuple(
             empty(v, shape) for shape in (self.row_terms, self.gain_dots, self.prior_dots)
         )
-        self.launch(
-            v,
-            call.residual,
-            d_out,
-            d_lse,
-            saved.excess,
-            saved.center,
-            saved.row_stats,
-            None if self.value_sums is None else self.value_sums(v),
-            visibility_arguments(call.visibility),
-            row_terms,
-            gain_dots,
-            prior_dots,
-            d_residual,
-            tuple(call.gains),
-        )
-        return row_terms, gain_dots, prior_dots
+        self.launch(*given, seen, *terms, d_residual, tuple(call.gains))
+        return terms
 
 
 class BackwardPlan:
@@ -110,11 +98,9 @@ class BackwardPlan:
                 ),
             )
 
-        tiles_of_dq = triton.cdiv(T, dq.block_t)
+        tiles_of_dkdv, tiles_of_dq = triton.cdiv(S, dkdv.block_s), triton.cdiv(T, dq.block_t)
         self.preprocess = Preprocess(call, d_out, needs)
-        self.dkdv = products(
-            attention_bwd_dkdv_kernel, triton.cdiv(S, dkdv.block_s) * B * HKV, dkdv
-        )
+        self.dkdv = products(attention_bwd_dkdv_kernel, tiles_of_dkdv * B * HKV, dkdv)
         self.dq = products(attention_bwd_dq_kernel, tiles_of_dq * B * H, dq)
         self.scale_dots = (B, H, tiles_of_dq) if needs.scale else None
         self.table = (entries, B, H, T) if needs.prior else None

@@ -336,15 +336,8 @@ class ForwardPlan:
 
     def __call__(self, call: Call, result: ForwardResult) -> None:
         q, k, v, residual, gains, visibility, _, prior_parameters = call
-        arguments = (
-            q,
-            k,
-            v,
-            *self.descriptors(q, k, v),
-            residual,
-            *result,
-            None if self.value_sums is None else self.value_sums(v),
-        )
+        block_sums = None if self.value_sums is None else self.value_sums(v)
+        arguments = (q, k, v, *self.descriptors(q, k, v), residual, *result, block_sums)
         varying = (visibility_arguments(visibility), prior_parameters, tuple(gains))
         overflow = None
         if self.bounded is not None:

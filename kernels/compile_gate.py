@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from ..visibility import Visibility
 from . import configs, launch
-from .attention import Needs, attention_bwd, attention_fwd
+from .attention import Call, Needs, attention_bwd, attention_fwd
 from .priors import PRIORS, prior_parameters
 from .stand_in import StandInDriver
 
@@ -88,9 +88,8 @@ def cases() -> Iterator[Case]:
             if variant is not dense or head_dim == 128:
                 yield Case(arch, "bf16", head_dim, variant)
         yield Case(arch, "fp16", head_dim, shaped)
-        yield Case(arch, "fp32", head_dim, shaped)
-        yield Case(arch, "fp32", head_dim, masked)
-        yield Case(arch, "fp32", head_dim, learned)
+        for variant in (shaped, masked, learned):
+            yield Case(arch, "fp32", head_dim, variant)
     for arch in configs.ARCHITECTURES:
         yield Case(arch, "bf16", 16, shaped)
 
@@ -181,62 +180,55 @@ def compile_case(case: Case) -> list[Row]:
     mask = tensor(B, 1, T, T, dtype=torch.bool).expand(B, H, T, T)
     attn_mask = mask if case.variant.has_mask else None
     visibility = Visibility(True, 0, key_start, key_start, attn_mask)
-    learnable = case.variant.gains == "tensor"
-    prior = {}
+    call = Call(q, k, v, residual, gains, visibility)
     if case.variant.prior is not None:
         shape = {"geometric": (H, 5), "column": (H, 4, T), "dense": (H, T, T)}[case.variant.prior]
         values = tensor(*shape, dtype=torch.float32)
-        prior = {
-            "prior": PRIORS[case.variant.prior],
-            "prior_parameters": prior_parameters(case.variant.prior, values, H, T, T, 0),
-        }
+        parameters = prior_parameters(case.variant.prior, values, H, T, T, 0)
+        call = call._replace(prior=PRIORS[case.variant.prior], prior_parameters=parameters)
+    is_learned = case.variant.gains == "tensor"
+    needs = Needs(
+        residual=residual is not None,
+        gains=is_learned,
+        scale=is_learned,
+        prior=is_learned and case.variant.prior is not None,
+    )
+    prior = {"prior": call.prior, "prior_parameters": call.prior_parameters}
     with _compiling_for(case.arch) as compiled:
-        arguments = (q, k, v, residual, gains, visibility)
-        saved = attention_fwd(*arguments, **prior, save_for_backward=True)
-        needs = Needs(
-            residual=residual is not None,
-            gains=learnable,
-            scale=learnable,
-            prior=learnable and case.variant.prior is not None,
-        )
-        attention_bwd(tensor(B, H, T, D), None, *arguments, *saved[2:], **prior, needs=needs)
+        saved = attention_fwd(*call[:6], **prior, save_for_backward=True)
+        attention_bwd(tensor(B, H, T, D), None, *call[:6], *saved[2:], **prior, needs=needs)
+        tiles = {kernel: call.config(kernel) for kernel in configs.KERNELS}
     # The backward launches the block sums of v a second time, already compiled.
     first = {}
     for name, kernel, log in compiled:
         first.setdefault(name, (kernel, log))
-    return [_row(case, name, kernel, log) for name, (kernel, log) in first.items()]
+    return [
+        # The block sums and both forms of the forward take its tiles.
+        _row(case, tiles.get(name, tiles["forward"]), name, kernel, log)
+        for name, (kernel, log) in first.items()
+    ]
 
 
-def _row(case: Case, name: str, kernel, log: str) -> Row:
-    config_name = "forward" if name in ("value_sums", "forward bounded") else name
-    config = configs.pick_config(
-        config_name,
-        case.head_dim,
-        case.head_dim,
-        _DTYPES[case.dtype].itemsize,
-        case.arch,
-        weighed_by=case.variant.weighed_by,
-        is_centered=case.variant.gains != "softmax",
-    )
+_INSTRUCTIONS = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mma": r"\bmma\.sync",
+    "mfma": r"\bv_mfma_",
+}
+
+
+def _row(case: Case, config: configs.TileConfig, name: str, kernel, log: str) -> Row:
     if isinstance(case.arch, str):
         assembly = kernel.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s*(\d+)", assembly)
         # Scratch memory of one thread: spilled vector registers and anything else on the stack.
         spills = _number(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
-        instruction, count = "mfma", len(re.findall(r"\bv_mfma_", assembly))
     else:
-        ptx = kernel.asm["ptx"]
+        assembly = kernel.asm["ptx"]
         registers = _number(r"Used (\d+) registers", log)
-        spills = _number(r"(\d+) bytes spill stores", log) + _number(
-            r"(\d+) bytes spill loads", log
-        )
-        counts = {
-            "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
-            "tcgen05": len(re.findall(r"\btcgen05\.mma", ptx)),
-            "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        }
-        instruction = max(counts, key=counts.get)
-        count = counts[instruction]
+        spills = sum(_number(rf"(\d+) bytes spill {way}", log) for way in ("stores", "loads"))
+    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in _INSTRUCTIONS.items()}
+    instruction = max(counts, key=counts.get)
     return Row(
         arch=str(case.arch),
         dtype=case.dtype,
@@ -250,8 +242,8 @@ def _row(case: Case, name: str, kernel, log: str) -> Row:
         registers=registers,
         spills=spills,
         shared=kernel.metadata.shared,
-        instruction=instruction if count else "none",
-        tensor_core=count,
+        instruction=instruction if counts[instruction] else "none",
+        tensor_core=counts[instruction],
         serialized="wgmma.mma_async instructions are serialized" in log,
         has_float64=re.search(r"xf64\b|: f64\b", kernel.asm["ttgir"]) is not None,
         measured_on=config.measured_on,
@@ -279,7 +271,7 @@ def failures(rows: list[Row]) -> list[str]:
         if row.shared > SHARED_MEMORY[arch]:
             found.append(f"{where}: {row.shared} bytes of shared memory > {SHARED_MEMORY[arch]}")
         if row.has_float64:
-            # A literal below the smallest normal float32 is float64 to Triton.
+            # A literal below the smallest normal float32, such as 1e-38, is float64 to Triton.
             found.append(f"{where}: float64 arithmetic")
         if row.serialized and not row.measured_on:
             found.append(f"{where}: wgmma is serialised")

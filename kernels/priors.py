@@ -6,7 +6,7 @@ orientation, the third, which a prior that can be learned has, rows of queries:
 
 - `add_log2(scores, positions, keys, first_key, head, parameters)` returns `scores + log2 A0`;
 - `times(values, positions, keys, first_key, head, parameters)` returns `values * A0`;
-- `accumulate(sums, d_logs, positions, keys, first_key)` adds the gradient of a tile of log2 A0 to
+- `accumulate(sums, d_logs, positions, keys, first_key)` adds the gradient (19) of a tile to
   that of the table, a tuple with a number per query for each of its `entries`.
 
 `first_key` is the key position of the first token, `parameters` a tuple of the prior's own (None if

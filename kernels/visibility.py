@@ -93,11 +93,9 @@ def visible_keys(visibility, bounds, batch, head, row, key, rows, keys):
     if visibility[MASK] is not None:
         strides = visibility[MASK_STRIDES:KEY_START]
         base = head_base(visibility[MASK], batch, head, strides)
-        row_stride = strides[2]
-        key_stride = strides[3]
-        origin = base + tl.cast(row, tl.int64) * row_stride + tl.cast(key, tl.int64) * key_stride
+        origin = base + tl.cast(row, tl.int64) * strides[2] + tl.cast(key, tl.int64) * strides[3]
         inside = (row + rows < T) & (key + keys < S)
-        offsets = rows * row_stride + keys * key_stride
+        offsets = rows * strides[2] + keys * strides[3]
         visible = visible & (tl.load(origin + offsets, mask=inside, other=0) != 0)
     return visible
 
