@@ -164,9 +164,8 @@ def compile_case(case: Case) -> list[Row]:
     """Compile the forward and the backward of one case; one row per kernel."""
     B, H, HKV, T = 2, 4, 2, 512
     D = case.head_dim
-    dtype = _DTYPES[case.dtype]
 
-    def tensor(*shape, dtype=dtype):
+    def tensor(*shape, dtype=_DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     q, k, v = tensor(B, H, T, D), tensor(B, HKV, T, D), tensor(B, HKV, T, D)
@@ -265,18 +264,17 @@ def failures(rows: list[Row]) -> list[str]:
     found = []
     for row in rows:
         where = f"sm_{row.arch} {row.dtype} D={row.head_dim} {row.variant} {row.kernel}"
-        arch = int(row.arch) if row.arch.isdigit() else row.arch
-        if row.spills and not row.measured_on:
-            found.append(f"{where}: {row.spills} bytes of spills")
-        if row.shared > SHARED_MEMORY[arch]:
-            found.append(f"{where}: {row.shared} bytes of shared memory > {SHARED_MEMORY[arch]}")
-        if row.has_float64:
+        limit = SHARED_MEMORY[int(row.arch) if row.arch.isdigit() else row.arch]
+        lacks_wgmma = _needs_wgmma(row) and row.instruction != "wgmma"
+        checks = {
+            f"{row.spills} bytes of spills": row.spills and not row.measured_on,
+            f"{row.shared} bytes of shared memory > {limit}": row.shared > limit,
             # A literal below the smallest normal float32, such as 1e-38, is float64 to Triton.
-            found.append(f"{where}: float64 arithmetic")
-        if row.serialized and not row.measured_on:
-            found.append(f"{where}: wgmma is serialised")
-        if _needs_wgmma(row) and row.instruction != "wgmma":
-            found.append(f"{where}: no wgmma, {row.instruction} instead")
+            "float64 arithmetic": row.has_float64,
+            "wgmma is serialised": row.serialized and not row.measured_on,
+            f"no wgmma, {row.instruction} instead": lacks_wgmma,
+        }
+        found += [f"{where}: {what}" for what, fails in checks.items() if fails]
     return found
 
 

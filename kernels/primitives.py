@@ -86,9 +86,8 @@ def tile_pointers(matrix, row, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.
     base = head_base(matrix[1], matrix[2], matrix[3], matrix[5:])
     origin = base + tl.cast(row, tl.int64) * matrix[7]
     # [ROWS, COLS]
-    return origin + (
-        index(ROWS, WIDE)[:, None] * matrix[7] + index(COLS, WIDE)[None, :] * matrix[8]
-    )
+    offsets = index(ROWS, WIDE)[:, None] * matrix[7] + index(COLS, WIDE)[None, :] * matrix[8]
+    return origin + offsets
 
 
 @triton.jit

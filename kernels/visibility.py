@@ -49,15 +49,13 @@ def visibility_arguments(visibility: Visibility) -> tuple:
 @triton.jit
 def load_bounds(visibility, batch, T, S, diagonal):
     """`bounds` of one batch entry: sizes, keys `[key_lo, key_hi)` inside `[0, S)`, diagonal."""
-    key_start_ptr = visibility[KEY_START]
-    key_end_ptr = visibility[KEY_END]
     key_lo = 0
     key_hi = S
-    if key_start_ptr is not None:
-        key_lo = tl.load(key_start_ptr + batch).to(tl.int64)
+    if visibility[KEY_START] is not None:
+        key_lo = tl.load(visibility[KEY_START] + batch).to(tl.int64)
         key_lo = tl.minimum(tl.maximum(key_lo, 0), S).to(tl.int32)
-    if key_end_ptr is not None:
-        key_hi = tl.load(key_end_ptr + batch).to(tl.int64)
+    if visibility[KEY_END] is not None:
+        key_hi = tl.load(visibility[KEY_END] + batch).to(tl.int64)
         key_hi = tl.minimum(tl.maximum(key_hi, 0), S).to(tl.int32)
     return T, S, key_lo, key_hi, diagonal
 
