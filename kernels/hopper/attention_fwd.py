@@ -659,7 +659,9 @@ def _finish(every, where, turn, tile, ends, acc, sums, m, u, c: gl.constexpr, C:
 
     branch_gain = gain_of(every.gains, BRANCH, where.head, C)
     softmax_gain = branch_gain * gain_of(every.gains, SOFTMAX, where.head, C)
-    own_tile = _matrix(_own_values(memory.rows, c, C), ROWS, C)
+    own_tile = memory.rows
+    if C.has_own or C.saves:
+        own_tile = _matrix(_own_values(memory.rows, c, C), ROWS, C)
     if C.bytes_at_the_end > 0:
         mbarrier.wait(_own(memory.bars, OWN_FULL, c, C), turn & 1)
     # [ROWS, width]
