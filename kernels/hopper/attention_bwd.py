@@ -1,11 +1,12 @@
 """Backward on Hopper: the portable first launch, then two kernels of this family.
 
-Every sum has a fixed order: equal inputs give equal bits.
+Every sum has a fixed order, equal inputs give equal bits; unless one kernel is asked for that makes
+all three gradients, five products instead of seven, and adds dq up as its programs come.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -13,76 +14,177 @@ import triton
 from .. import launch
 from ..attention_bwd import Preprocess, empty, sum_gradients
 from ..configs import TileConfig
+from ..primitives import SCALE
 from ..visibility import visibility_arguments, visibility_sizes
+from .bwd_convert import convert_dq_kernel
 from .bwd_dkdv import DkdvShape, attention_bwd_dkdv_kernel
 from .bwd_dq import DqShape, attention_bwd_dq_kernel
 from .descriptors import DTYPES, Describe
 from .primitives import MOST_REGISTERS, Constants
-from .tiles import dkdv_tile, dq_tile, heads_together, width_of
+from .tiles import dkdv_tile, dq_tile, fused_tile, heads_together, width_of
 
 if TYPE_CHECKING:
     from ..attention import AttentionGradients, Call, ForwardResult, Needs
 
 
-class BackwardPlan:
-    """The launches of a backward, for one signature of a call; calling it launches them."""
+class _Dkdv:
+    """Launch of the gradients of k and v; fused, it adds those of q to `dq_sums`."""
 
-    def __init__(self, call: Call, d_out: torch.Tensor, needs: Needs) -> None:
-        q, k, v, _, gains, visibility, _, _ = call
-        B, H, T, D = q.shape
-        HKV, S, DV = k.shape[1:3] + v.shape[3:]
-        is_causal, group = visibility.is_causal, H // HKV
-        width = width_of(D, DV)
-        gain_strides, gain_is_tensor = launch.gain_arguments(gains)
-        q_offset, diagonal = visibility_sizes(visibility, T, S)
-        dkdv = DkdvShape(
-            *dkdv_tile(width, is_causal),
-            width,
-            DTYPES[q.dtype],
-            is_causal=is_causal,
+    def __init__(self, call: Call, d_out: torch.Tensor, is_fused: bool) -> None:
+        B, H, T, _ = call.q.shape
+        HKV, S, DV = call.v.shape[1:]
+        constants = _constants(call)
+        width, is_causal = constants["width"], constants["is_causal"]
+        shape = DkdvShape(
+            *(fused_tile(width) if is_fused else dkdv_tile(width, is_causal)),
+            **constants,
             is_centered=call.is_centered,
             has_identity=call.has_identity,
-            group=group,
-            gain_is_tensor=gain_is_tensor,
+            is_fused=is_fused,
         )
-        dq = DqShape(
-            *dq_tile(width, is_causal),
-            width,
-            DTYPES[q.dtype],
-            is_causal=is_causal,
-            group=group,
-            gain_is_tensor=gain_is_tensor,
+        tiles = triton.cdiv(S, shape.block_s)
+        bytes_of_head = 4 * T * width * shape.group
+        sizes = (
+            *(H, T, S, DV, *visibility_sizes(call.visibility, T, S)),
+            heads_together(B * HKV, 1, tiles, bytes_of_head, is_causal),
         )
-        key_tiles, row_tiles = triton.cdiv(S, dkdv.block_s), triton.cdiv(T, dq.block_t)
-        key_heads = heads_together(B * HKV, 1, key_tiles, 4 * T * width * group, is_causal)
-        heads = heads_together(B * H, group, row_tiles, 4 * S * width, is_causal)
-        self.preprocess = Preprocess(call, d_out, needs)
-        self.rounds_d_out = d_out.dtype != v.dtype or not launch.fits_tma(d_out)
-        self.dkdv = launch.Launch(
+        self.launch = launch.Launch(
             attention_bwd_dkdv_kernel,
-            key_tiles * B * HKV,
-            (gain_strides, d_out.stride(), H, T, S, DV, q_offset, diagonal, key_heads),
-            self._config(dkdv),
-            C=Constants(dkdv),
+            tiles * B * HKV,
+            (launch.gain_arguments(call.gains)[0], d_out.stride(), *sizes),
+            _config(shape),
+            C=Constants(shape),
         )
-        self.dq = launch.Launch(
-            attention_bwd_dq_kernel,
-            row_tiles * B * H,
-            (gain_strides, H, T, S, diagonal, heads),
-            self._config(dq),
-            C=Constants(dq),
-        )
-        self.scale_dots = (B, H, row_tiles * dq.consumers) if needs.scale else None
-        rows = [1, 1, 64, width]
-        queries, keys = [1, 1, dkdv.block_t, width], [1, 1, dq.block_s, width]
-        terms = [1, 1, dkdv.block_t]
-        self.describe_dkdv = Describe(queries, rows, rows, queries, terms, rows, rows)
-        self.describe_dq = Describe(rows, keys, keys, rows, rows)
+        queries, keys = [1, 1, shape.block_t, width], [1, 1, 64, width]
+        terms = [1, 1, shape.block_t]
+        self.describe = Describe(queries, keys, keys, queries, terms, keys, keys)
 
-    @staticmethod
-    def _config(shape: DkdvShape | DqShape) -> TileConfig:
-        registers = MOST_REGISTERS[shape.consumers]
-        return TileConfig(shape.block_t, shape.block_s, 4, 1, max_registers=registers)
+    def __call__(
+        self,
+        call: Call,
+        rounded: torch.Tensor,
+        d_out: torch.Tensor,
+        row_terms: torch.Tensor,
+        gradients: AttentionGradients,
+        dq_sums: torch.Tensor | None,
+    ) -> None:
+        planes = row_terms.view(3, -1, row_terms.shape[-1])
+        self.launch(
+            *self.describe(*call[:3], rounded, planes, gradients.k, gradients.v),
+            d_out,
+            dq_sums,
+            visibility_arguments(call.visibility),
+            tuple(call.gains),
+        )
+
+
+class _Dq:
+    """Launch of the gradient of q, which returns the partial sums for that of the scale."""
+
+    def __init__(self, call: Call, needs: Needs) -> None:
+        B, H, T, _ = call.q.shape
+        S = call.k.shape[2]
+        constants = _constants(call)
+        width, is_causal = constants["width"], constants["is_causal"]
+        shape = DqShape(*dq_tile(width, is_causal), **constants)
+        tiles = triton.cdiv(T, shape.block_t)
+        sizes = (
+            *(H, T, S, visibility_sizes(call.visibility, T, S)[1]),
+            heads_together(B * H, shape.group, tiles, 4 * S * width, is_causal),
+        )
+        self.launch = launch.Launch(
+            attention_bwd_dq_kernel,
+            tiles * B * H,
+            (launch.gain_arguments(call.gains)[0], *sizes),
+            _config(shape),
+            C=Constants(shape),
+        )
+        self.scale_dots = (B, H, tiles * shape.consumers) if needs.scale else None
+        rows, keys = [1, 1, 64, width], [1, 1, shape.block_s, width]
+        self.describe = Describe(rows, keys, keys, rows, rows)
+
+    def __call__(
+        self, call: Call, rounded: torch.Tensor, row_terms: torch.Tensor, dq: torch.Tensor
+    ) -> torch.Tensor | None:
+        scale_dots = empty(call.q, self.scale_dots)
+        self.launch(
+            *self.describe(*call[:3], rounded, dq),
+            row_terms,
+            scale_dots,
+            visibility_arguments(call.visibility),
+            tuple(call.gains),
+        )
+        return scale_dots
+
+
+class _ConvertDq:
+    """Launch that makes the gradient of q of the sums of the fused kernel; returns as `_Dq`."""
+
+    def __init__(self, call: Call, needs: Needs) -> None:
+        q, _, v = call[:3]
+        B, H, T, D = q.shape
+        block_t = fused_tile(width_of(D, v.shape[3])).block_t
+        half_tiles = 2 * triton.cdiv(T, block_t)
+        gain_strides, gain_is_tensor = launch.gain_arguments(call.gains)
+        self.launch = launch.Launch(
+            convert_dq_kernel,
+            half_tiles * B * H,
+            (gain_strides, q.stride(), H, T),
+            TileConfig(block_t, 64, 4, 1),
+            D=D,
+            BLOCK_T=block_t,
+            GAIN_IS_TENSOR=gain_is_tensor,
+        )
+        self.dq_sums = (B, H, half_tiles, 64, 64)
+        self.scale_dots = (B, H, half_tiles) if needs.scale else None
+
+    def __call__(self, call: Call, dq_sums: torch.Tensor, dq: torch.Tensor) -> torch.Tensor | None:
+        scale_dots = empty(call.q, self.scale_dots)
+        self.launch(call.q, dq_sums, dq, scale_dots, tuple(call.gains))
+        return scale_dots
+
+
+def _constants(call: Call) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    q, k, v = call[:3]
+    return {
+        "width": width_of(q.shape[3], v.shape[3]),
+        "dtype": DTYPES[q.dtype],
+        "is_causal": call.visibility.is_causal,
+        "group": q.shape[1] // k.shape[1],
+        "gain_is_tensor": launch.gain_arguments(call.gains)[1],
+    }
+
+
+def _config(shape: DkdvShape | DqShape) -> TileConfig:
+    registers = MOST_REGISTERS[shape.consumers]
+    return TileConfig(shape.block_t, shape.block_s, 4, 1, max_registers=registers)
+
+
+def _can_fuse(call: Call) -> bool:
+    """Whether one kernel may make all three gradients.
+
+    Not where the heads of a group have scales of their own, in units of which dS is rounded.
+    """
+    q, k, v = call[:3]
+    has_units = q.shape[1] > k.shape[1] and isinstance(call.gains[SCALE.value], torch.Tensor)
+    return not has_units and fused_tile(width_of(q.shape[3], v.shape[3])) is not None
+
+
+class BackwardPlan:
+    """The launches of a backward, for one signature of a call; calling it launches them.
+
+    Where `is_deterministic` is False dq may be added up in an order that varies from run to run.
+    """
+
+    def __init__(
+        self, call: Call, d_out: torch.Tensor, needs: Needs, is_deterministic: bool = True
+    ) -> None:
+        self.is_fused = not is_deterministic and _can_fuse(call)
+        self.preprocess = Preprocess(call, d_out, needs)
+        self.rounds_d_out = d_out.dtype != call.v.dtype or not launch.fits_tma(d_out)
+        self.dkdv = _Dkdv(call, d_out, self.is_fused)
+        self.dq = _ConvertDq(call, needs) if self.is_fused else _Dq(call, needs)
 
     def __call__(
         self,
@@ -92,22 +194,16 @@ class BackwardPlan:
         d_lse: torch.Tensor | None,
         gradients: AttentionGradients,
     ) -> AttentionGradients:
-        q, k, v, _, gains, visibility, _, _ = call
-        gains = tuple(gains)
-        seen = visibility_arguments(visibility)
+        v = call.v
         row_terms, gain_dots, _ = self.preprocess(call, saved, d_out, d_lse, gradients.residual)
         rounded = d_out
         if self.rounds_d_out:
             rounded = torch.empty(d_out.shape, dtype=v.dtype, device=v.device).copy_(d_out)
-        planes = row_terms.view(3, -1, row_terms.shape[-1])
-        self.dkdv(
-            *self.describe_dkdv(q, k, v, rounded, planes, gradients.k, gradients.v),
-            d_out,
-            seen,
-            gains,
-        )
-        scale_dots = empty(q, self.scale_dots)
-        self.dq(
-            *self.describe_dq(q, k, v, rounded, gradients.q), row_terms, scale_dots, seen, gains
-        )
-        return sum_gradients(gradients, gain_dots, scale_dots, gains)
+        if self.is_fused:
+            dq_sums = torch.zeros(self.dq.dq_sums, dtype=torch.float32, device=v.device)
+            self.dkdv(call, rounded, d_out, row_terms, gradients, dq_sums)
+            scale_dots = self.dq(call, dq_sums, gradients.q)
+        else:
+            self.dkdv(call, rounded, d_out, row_terms, gradients, None)
+            scale_dots = self.dq(call, rounded, row_terms, gradients.q)
+        return sum_gradients(gradients, gain_dots, scale_dots, tuple(call.gains))

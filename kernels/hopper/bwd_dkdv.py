@@ -9,6 +9,10 @@ Barriers, all in one array; the parities of a stage count the tiles (`step`) of 
   K_FULL, V_FULL               once
   Q_FULL, D_OUT_FULL [stage]   queries and their row terms; d_out
   EMPTY [stage]                free once per consumer
+
+Fused, the two consumers also add to dq = dS k, in float32 and in no fixed order: dS^T goes through
+shared memory, twice (`step % 2`), with one named barrier of the consumers between writes and reads.
+They write dS^T of step + 2 behind the barrier of step + 1, ahead of which they read that of step.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from .primitives import (
     accumulator,
     barrier,
     before,
+    consumers_meet,
     gain_of,
     left_operand,
     place,
@@ -41,6 +46,9 @@ from .primitives import (
     tma_load,
     tma_store,
 )
+
+# Columns of half a tile of dq.
+HALF = gl.constexpr(64)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class DkdvShape:
         is_causal, is_centered, has_identity: which terms there are.
         group: query heads of a key head.
         gain_is_tensor: which gains are.
+        is_fused: whether dq is summed here, by two consumers, in half tiles of 64 times 64.
     """
 
     consumers: int
@@ -67,6 +76,7 @@ class DkdvShape:
     has_identity: bool
     group: int
     gain_is_tensor: tuple[bool, ...]
+    is_fused: bool = False
 
     @property
     def block_s(self) -> int:
@@ -104,6 +114,11 @@ class DkdvShape:
         return accumulator(self.width)
 
     @property
+    def half_tile(self) -> gl.NVMMADistributedLayout:
+        """Layout of half a tile of dq, [ROWS, HALF]."""
+        return accumulator(HALF.value)
+
+    @property
     def weights(self) -> gl.DotOperandLayout:
         """Layout of the left operand of dk and dv."""
         return left_operand(self.width)
@@ -122,11 +137,12 @@ class Descriptors(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Shared memory: k, then v; q, then d_out; row terms; barriers."""
+    """Shared memory: k, then v; q, then d_out; row terms; dS^T, if fused; barriers."""
 
     keys: gl.shared_memory_descriptor
     queries: gl.shared_memory_descriptor
     terms: gl.shared_memory_descriptor
+    d_scores: gl.shared_memory_descriptor
     bars: gl.shared_memory_descriptor
 
 
@@ -143,10 +159,15 @@ class Sizes(NamedTuple):
 
 
 class Every(NamedTuple):
-    """All that a warpgroup is given; d_out_ptr: the gradient of out before any rounding."""
+    """All that a warpgroup is given.
+
+    d_out_ptr: the gradient of out before any rounding. dq_sums_ptr: if fused, the half tiles of dq,
+    two for each tile of queries of each head (`_place_in_half_tile`).
+    """
 
     descriptors: Descriptors
     d_out_ptr: gl.tensor
+    dq_sums_ptr: object
     d_out_strides: tuple
     visibility: tuple
     gains: Gains
@@ -216,6 +237,18 @@ def _place(visibility, sizes, C: gl.constexpr):
     return Place(batch, head % key_heads, key, key_lo, key_hi, first, tiles)
 
 
+@gluon.jit
+def _query_tile(i, where, C: gl.constexpr):
+    """Tile of queries that comes i-th.
+
+    Fused without a mask, programs start at tiles of their own: they would all add to the same.
+    """
+    if C.is_fused and not C.is_causal:
+        i += gl.minimum(where.key // C.block_t, where.tiles - 1)
+        i = gl.where(i >= where.tiles, i - where.tiles, i)
+    return i
+
+
 # ------------------------------------------------------------------------------------- producer
 @gluon.jit
 def _load_keys(descriptor, where, full, keys, FIRST: gl.constexpr, C: gl.constexpr):
@@ -239,7 +272,7 @@ def _producer(every, c: gl.constexpr, C: gl.constexpr):
     for member in range(C.group):
         head = where.key_head * C.group + member
         for tile in range(where.first, where.tiles):
-            row = tile * C.block_t
+            row = _query_tile(tile, where, C) * C.block_t
             stage = step % C.stages
             full = _ring(bars, Q_FULL, step, C)
             mbarrier.wait(_ring(bars, EMPTY, step, C), (step // C.stages & 1) ^ 1)
@@ -309,10 +342,67 @@ def _row_term(terms, PLANE: gl.constexpr, stage, C: gl.constexpr):
 
 
 @gluon.jit
-def _hidden(seen_from, C: gl.constexpr):
-    """Which queries do not see each key, if the first key is seen from `seen_from` on."""
-    keys = gl.arange(0, ROWS, gl.SliceLayout(1, C.scores))
-    return before(keys + seen_from, C.block_t, C.scores)
+def _first_queries(where, key, diagonal, C: gl.constexpr):
+    """For each key from `key` on, the first query that sees it: [ROWS]."""
+    keys = key + gl.arange(0, ROWS, gl.SliceLayout(1, C.scores))
+    inside = (keys >= where.key_lo) & (keys < where.key_hi)
+    return gl.where(inside, keys + 1 - diagonal, 2**30)
+
+
+@gluon.jit
+def _start_dq(d_scores, memory, step, zero, c: gl.constexpr, C: gl.constexpr):
+    """Give dS^T to the other consumer; start half of dq: half of the columns, or of the queries."""
+    memory.d_scores.index(step % 2 * C.consumers + c).store(d_scores)
+    fence_async_shared()
+    consumers_meet(C.consumers)
+    dq = gl.zeros([ROWS, HALF], gl.float32, C.half_tile)
+    for i in gl.static_range(C.consumers):
+        d_scores = memory.d_scores.index(step % 2 * C.consumers + i).permute([1, 0])
+        k = memory.keys.index(i + zero).reshape([ROWS, C.width])
+        if C.block_t == ROWS:
+            k = k.slice(c * HALF, HALF, dim=1)
+        else:
+            d_scores = d_scores.slice(c * ROWS, ROWS, dim=0)
+        dq = warpgroup_mma(d_scores, k, dq, use_acc=i > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _place_in_half_tile(C: gl.constexpr):
+    """Place of each element of a half tile in its 4096 numbers.
+
+    Four that a thread holds next to each other, in rows r and r + 8 and columns x and x + 1, are
+    contiguous, and so are those of a warp.
+    """
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, C.half_tile))[:, None]
+    x = gl.arange(0, HALF, gl.SliceLayout(0, C.half_tile))[None, :]
+    of_row = r // 16 * 128 + r % 8 * 16 + r // 8 % 2 * 2
+    return of_row + (x // 8 * 512 + x // 2 % 4 * 4 + x % 2)
+
+
+@gluon.jit
+def _quads(x):
+    """[ROWS, HALF] as four tensors, of the numbers that stand at 0, 1, 2, 3 of their quads."""
+    x = x.reshape([4, 2, 8, HALF // 8, 4, 2]).permute([0, 2, 3, 4, 1, 5])
+    even, odd = gl.split(x)
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _add_dq(dq, base, C: gl.constexpr):
+    """Add half a tile of dq to the numbers from `base` on, four at a time."""
+    at, _, _, _ = _quads(_place_in_half_tile(C))
+    first, second, third, fourth = _quads(dq)
+    gl.inline_asm_elementwise(
+        "red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;",
+        "=r,l,f,f,f,f",
+        [(base + at).to(gl.int64), first, second, third, fourth],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -322,12 +412,18 @@ def _step(
     memory,
     factors,
     step,
-    seen_from,
+    tile,
+    first_queries,
+    dq_sums,
     c: gl.constexpr,
     C: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Add a tile of queries to dk and dv. Key 0 of the consumer is seen from query seen_from on."""
+    """Add a tile of queries to dk and dv, and the keys to its dq.
+
+    first_queries: the first query that sees each key. dq_sums: this consumer's part of the dq of
+    the first tile.
+    """
     stage = step % C.stages
     parity = step // C.stages & 1
     # 0, but the addresses of k and v are then formed here, not kept in registers.
@@ -355,7 +451,7 @@ def _step(
             center_weight *= factors.center
         value_weights -= center_weight
     if MASKED:
-        hidden = _hidden(seen_from, C)
+        hidden = before(first_queries - tile * C.block_t, C.block_t, C.scores)
         weights = gl.where(hidden, 0.0, weights)
         value_weights = gl.where(hidden, 0.0, value_weights)
     value_weights = gl.convert_layout(value_weights.to(C.dtype), C.weights)
@@ -364,12 +460,26 @@ def _step(
     delta = _row_term(memory.terms, DELTA, stage, C)
     if C.has_units:
         delta *= factors.delta
-    d_scores = weights * (factors.d_weight * d_weights - delta)
-    d_scores = gl.convert_layout(d_scores.to(C.dtype), C.weights)
-    dk = warpgroup_mma(d_scores, q, dk, is_async=True)
-    dk, dv, value_weights, d_scores = warpgroup_mma_wait(0, deps=[dk, dv, value_weights, d_scores])
+    d_scores = (weights * (factors.d_weight * d_weights - delta)).to(C.dtype)
+    operand = gl.convert_layout(d_scores, C.weights)
+    if C.is_fused:
+        dq = _start_dq(d_scores, memory, step, zero, c, C)
+    dk = warpgroup_mma(operand, q, dk, is_async=True)
+    if C.is_fused:
+        dq, dv, value_weights = warpgroup_mma_wait(1, deps=[dq, dv, value_weights])
+        _add_dq(dq, dq_sums + tile * (2 * ROWS * HALF), C)
+    dk, dv, value_weights, operand = warpgroup_mma_wait(0, deps=[dk, dv, value_weights, operand])
     mbarrier.arrive(_ring(memory.bars, EMPTY, step, C), count=1)
     return dk, dv
+
+
+@gluon.jit
+def _meet(C: gl.constexpr):
+    """Barrier of all warps that multiply by the keys and values of this consumer."""
+    if C.is_fused:
+        consumers_meet(C.consumers)
+    else:
+        barrier()
 
 
 @gluon.jit
@@ -398,33 +508,43 @@ def _consumer(every, c: gl.constexpr, C: gl.constexpr):
     key = where.key + c * ROWS
     largest_scale, weight_lift = _group_scales(every.gains, where.key_head, C)
     count = where.tiles - where.first
-    # The diagonal crosses tiles before `masked`.
+    # Tiles before `masked` are crossed by the diagonal.
     masked = where.first
     if C.is_causal:
         masked = gl.cdiv(gl.maximum(key + ROWS - diagonal, 0), C.block_t)
         masked = gl.minimum(gl.maximum(masked, where.first), where.tiles)
+    if C.is_fused:
+        # Keys out of range must not reach dq.
+        in_range = (key >= where.key_lo) & (key + ROWS <= where.key_hi)
+        masked = gl.where(in_range, masked, where.tiles)
+    first_queries = _first_queries(where, key, diagonal, C)
     dk = gl.zeros([ROWS, C.width], gl.float32, C.outputs)
     dv = gl.zeros([ROWS, C.width], gl.float32, C.outputs)
     if count > 0:
         mbarrier.wait(memory.bars.index(K_FULL), 0)
         mbarrier.wait(memory.bars.index(V_FULL), 0)
     for member in range(C.group):
-        factors = _factors(
-            every.gains, where.key_head * C.group + member, largest_scale, weight_lift, C
-        )
+        head = where.key_head * C.group + member
+        factors = _factors(every.gains, head, largest_scale, weight_lift, C)
         start = member * count - where.first
-        if C.is_causal:
-            for tile in range(where.first, masked):
-                # In the tile, the first query that sees the first key.
-                seen_from = key + 1 - diagonal - tile * C.block_t
-                dk, dv = _step(dk, dv, memory, factors, start + tile, seen_from, c, C, True)
-        for tile in range(masked, where.tiles):
-            dk, dv = _step(dk, dv, memory, factors, start + tile, 0, c, C, False)
+        dq_sums = every.dq_sums_ptr
+        if C.is_fused:
+            tiles_before = (where.batch * every.sizes.H + head).to(gl.int64) * where.tiles
+            dq_sums += tiles_before * (2 * ROWS * HALF) + c * (ROWS * HALF)
+        if C.is_causal or C.is_fused:
+            for i in range(where.first, masked):
+                tile = _query_tile(i, where, C)
+                dk, dv = _step(
+                    dk, dv, memory, factors, start + i, tile, first_queries, dq_sums, c, C, True
+                )
+        for i in range(masked, where.tiles):
+            tile = _query_tile(i, where, C)
+            dk, dv = _step(dk, dv, memory, factors, start + i, tile, 0, dq_sums, c, C, False)
 
     # Keys out of range took part so far: each fills a row of its own.
     keys = key + gl.arange(0, ROWS, gl.SliceLayout(1, C.outputs))
     inside = ((keys >= where.key_lo) & (keys < where.key_hi))[:, None]
-    barrier()  # all warps have multiplied by k and v, whose place dk and dv take
+    _meet(C)  # before dk and dv take the place of k and v
     k_tile = memory.keys.index(c)
     v_tile = memory.keys.index(C.consumers + c)
     dk = gl.where(inside, largest_scale * dk, 0.0)
@@ -454,6 +574,7 @@ def attention_bwd_dkdv_kernel(
     dk_descriptor,
     dv_descriptor,
     d_out_ptr,
+    dq_sums_ptr,
     visibility,
     gains,
     gain_strides,
@@ -479,10 +600,18 @@ def attention_bwd_dkdv_kernel(
     k_layout: gl.constexpr = k_descriptor.layout
     q_layout: gl.constexpr = q_descriptor.layout
     term_layout: gl.constexpr = row_terms_descriptor.layout
+    terms = gl.allocate_shared_memory(
+        gl.float32, [C.terms * C.stages, 1, 1, C.block_t], term_layout
+    )
+    d_scores = terms
+    if C.is_fused:
+        d_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, C.block_t], C.dtype)
+        d_scores = gl.allocate_shared_memory(C.dtype, [2 * C.consumers, ROWS, C.block_t], d_layout)
     memory = Memory(
         gl.allocate_shared_memory(C.dtype, [2 * C.consumers, 1, 1, ROWS, C.width], k_layout),
         gl.allocate_shared_memory(C.dtype, [2 * C.stages, 1, 1, C.block_t, C.width], q_layout),
-        gl.allocate_shared_memory(gl.float32, [C.terms * C.stages, 1, 1, C.block_t], term_layout),
+        terms,
+        d_scores,
         gl.allocate_shared_memory(gl.int64, [2 + 3 * C.stages, 1], mbarrier.MBarrierLayout()),
     )
     mbarrier.init(memory.bars.index(K_FULL), count=1)
@@ -496,6 +625,7 @@ def attention_bwd_dkdv_kernel(
     every = Every(
         descriptors,
         d_out_ptr,
+        dq_sums_ptr,
         d_out_strides,
         visibility,
         Gains(gains, gain_strides),

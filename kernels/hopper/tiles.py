@@ -7,20 +7,26 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
+from ..families import triton_release
 
 WIDTHS = (64, 128)
 """Columns of a tile: head dimensions up to the larger run, in the next width that holds them."""
 
 
 class ForwardTile(NamedTuple):
-    """Tile of the forward; fields as in `ForwardShape`."""
+    """Tile of the forward; fields as in `ForwardShape`.
+
+    schedule: how programs come to their tiles. "grid" gives each one tile; "rounds" deals tiles to
+    as many programs as there are multiprocessors, which hides the ends of tiles but not that causal
+    ones differ in length; "dynamic" lets these programs take tiles from a counter (not measured).
+    """
 
     consumers: int
     block_s: int
     stages: int
     row_sums: str
     takes_turns: bool
+    schedule: str = "rounds"
 
 
 _FORWARD = {
@@ -60,13 +66,10 @@ _DQ = {
     (128, False): DqTile(3, 64, 2, True),
     (128, True): DqTile(2, 128, 2, False),
 }
+# By width: dk, dv and dq in one kernel.
+_FUSED = {64: DkdvTile(2, 128, 2), 128: DkdvTile(2, 64, 2)}
+_FUSED_3_9 = {128: DkdvTile(2, 64, 2)}
 _DQ_3_9 = _DQ | {(128, False): DqTile(2, 128, 2, False)}
-
-
-def release() -> tuple[int, int]:
-    """Major and minor version of the installed Triton."""
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def width_of(head_dim: int, value_dim: int) -> int:
@@ -74,9 +77,15 @@ def width_of(head_dim: int, value_dim: int) -> int:
     return next(width for width in WIDTHS if width >= max(head_dim, value_dim))
 
 
-def forward_tile(width: int) -> ForwardTile:
+# Keys up to which the ends of causal tiles cost more than their differences in length.
+_MOST_KEYS_IN_ROUNDS = 2048
+
+
+def forward_tile(width: int, is_causal: bool, keys: int) -> ForwardTile:
     """Tile of the forward for one width."""
-    return (_FORWARD if release() < (3, 9) else _FORWARD_3_9)[width]
+    tile = (_FORWARD if triton_release() < (3, 9) else _FORWARD_3_9)[width]
+    is_long = is_causal and keys > _MOST_KEYS_IN_ROUNDS
+    return tile._replace(schedule="grid") if is_long else tile
 
 
 def dkdv_tile(width: int, is_causal: bool) -> DkdvTile:
@@ -84,9 +93,14 @@ def dkdv_tile(width: int, is_causal: bool) -> DkdvTile:
     return _DKDV[width, is_causal]
 
 
+def fused_tile(width: int) -> DkdvTile | None:
+    """Tile of all three gradients in one kernel for one width; None where two kernels do better."""
+    return (_FUSED if triton_release() < (3, 9) else _FUSED_3_9).get(width)
+
+
 def dq_tile(width: int, is_causal: bool) -> DqTile:
     """Tile of the gradient of q for one width."""
-    return (_DQ if release() < (3, 9) else _DQ_3_9)[width, is_causal]
+    return (_DQ if triton_release() < (3, 9) else _DQ_3_9)[width, is_causal]
 
 
 _L2_BYTES = 32 * 2**20
