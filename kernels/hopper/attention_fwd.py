@@ -7,6 +7,7 @@ of this program. A worker keeps every buffer that it uses in a register: hence f
   OWN_FULL, OWN_EMPTY [consumer]  own rows of v and the residual; free when the results that take
                                   their place have left, which the next tile finds out
   K_FULL, K_EMPTY, V_FULL, V_EMPTY [stage]   blocks of keys and values; free once per consumer
+  TILE_FULL [2]   number of a tile, from the warp that loads
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class ForwardShape:
         form: "fixed" keeps the maximum of the first block, and marks tiles whose weights overflow;
             "second" computes these with a maximum that follows the keys, "running" all.
         saves: whether the backward's tensors are written.
+        is_dynamic: a program takes its next tile from a counter, not its share of the rounds.
         group: query heads of a key head.
         gain_is_tensor: which gains are.
     """
@@ -104,6 +106,7 @@ class ForwardShape:
     residual: str
     form: str
     saves: bool
+    is_dynamic: bool
     group: int
     gain_is_tensor: tuple[bool, ...]
 
@@ -159,11 +162,12 @@ class ForwardShape:
 
 
 class Memory(NamedTuple):
-    """Shared memory: q, results and own rows of v; keys and values; ones; barriers."""
+    """Shared memory: q, results, own rows of v; keys, values; ones; tile numbers; barriers."""
 
     rows: gl.shared_memory_descriptor
     blocks: gl.shared_memory_descriptor
     ones: gl.shared_memory_descriptor
+    tiles: gl.shared_memory_descriptor
     bars: gl.shared_memory_descriptor
 
 
@@ -235,20 +239,42 @@ def _matrix(tile, ROWS_OF: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _tiles_of_program(num_tiles):
-    """How many tiles this program takes: dealt in rounds, every second round in reverse."""
-    programs = gl.num_programs(0)
-    pid = gl.program_id(0)
-    rounds = num_tiles // programs
-    last = gl.where(rounds % 2 == 1, programs - 1 - pid, pid)
-    return rounds + gl.where(last < num_tiles - rounds * programs, 1, 0)
+def _tile_full(bars, i, C: gl.constexpr):
+    """Barrier of the number of this program's tile i."""
+    return bars.index(i % 2 + (4 * C.consumers + 4 * C.stages))
 
 
 @gluon.jit
-def _tile_of_program(i):
+def _tile_in_rounds(i):
+    """This program's tile i: dealt in rounds, every second round in reverse."""
     programs = gl.num_programs(0)
     pid = gl.program_id(0)
     return i * programs + gl.where(i % 2 == 1, programs - 1 - pid, pid)
+
+
+@gluon.jit
+def _announce(memory, tile, i, C: gl.constexpr):
+    """Tell the consumers the number of this program's tile i.
+
+    They have read that of tile i - 2: tile i - 1 has been loaded, for which they gave back the
+    queries of tile i - 2.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    memory.tiles.index(i % 2).store(gl.full([1], tile, gl.int32, layout))
+    barrier()
+    mbarrier.arrive(_tile_full(memory.bars, i, C), count=1)
+
+
+@gluon.jit
+def _announced(memory, i, C: gl.constexpr):
+    """Number of this program's tile i; past the last one when there are no more."""
+    if C.is_dynamic:
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        mbarrier.wait(_tile_full(memory.bars, i, C), i // 2 & 1)
+        tile = gl.max(memory.tiles.index(i % 2).load(layout), 0)
+    else:
+        tile = _tile_in_rounds(i)
+    return tile
 
 
 @gluon.jit
@@ -305,6 +331,7 @@ class Pointers(NamedTuple):
     row_stats: object
     value_sums: object
     overflow: object
+    counter: object
 
 
 class Every(NamedTuple):
@@ -396,13 +423,22 @@ def _load_tile(descriptors, memory, where, sizes, g, turn, C: gl.constexpr):
 def _producer(every, c: gl.constexpr, C: gl.constexpr):
     g = 0
     turn = 0
-    for i in range(_tiles_of_program(every.sizes.tiles)):
-        tile = _tile_of_program(i)
+    i = 0
+    tile = _tile_in_rounds(0)
+    while tile < every.sizes.tiles:
+        if C.is_dynamic:
+            # Asked for ahead of the loads, which hide how long it takes.
+            following = gl.num_programs(0) + gl.atomic_add(every.pointers.counter, 1)
+            _announce(every.memory, tile, i, C)
         if C.form != "second" or _is_left(every.pointers.overflow, tile, C):
             where = _place(tile, every.visibility, every.sizes, C)
             _load_tile(every.descriptors, every.memory, where, every.sizes, g, turn, C)
             g += where.blocks
             turn += 1
+        i += 1
+        tile = following if C.is_dynamic else _tile_in_rounds(i)
+    if C.is_dynamic:
+        _announce(every.memory, tile, i, C)
 
 
 # ------------------------------------------------------------------------------------- consumer
@@ -718,13 +754,16 @@ def _consumer(every, c: gl.constexpr, C: gl.constexpr):
         turn_pass(c, C.consumers)
     g = 0
     turn = 0
-    for i in range(_tiles_of_program(every.sizes.tiles)):
-        tile = _tile_of_program(i)
+    i = 0
+    tile = _announced(every.memory, 0, C)
+    while tile < every.sizes.tiles:
         if C.form != "second" or _is_left(every.pointers.overflow, tile, C):
             where = _place(tile, every.visibility, every.sizes, C)
             _attend(every, where, g, turn, tile, c, C)
             g += where.blocks
             turn += 1
+        i += 1
+        tile = _announced(every.memory, i, C)
     tma.store_wait(0)
 
 
@@ -760,6 +799,7 @@ def attention_fwd_kernel(
     row_stats_ptr,
     value_sums_ptr,
     overflow_ptr,
+    counter_ptr,
     visibility,
     gains,
     gain_strides,
@@ -783,7 +823,7 @@ def attention_fwd_kernel(
         C.dtype, [2 * C.stages, 1, 1, C.block_s, C.width], blocks_layout
     )
     bars = gl.allocate_shared_memory(
-        gl.int64, [4 * C.consumers + 4 * C.stages, 1], mbarrier.MBarrierLayout()
+        gl.int64, [4 * C.consumers + 4 * C.stages + 2, 1], mbarrier.MBarrierLayout()
     )
     ones = bars
     if C.row_sums == "product":
@@ -791,7 +831,11 @@ def attention_fwd_kernel(
         ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, C.block_s], C.dtype)
         one = gl.full([8, C.block_s], 1.0, C.dtype, one_layout)
         ones = gl.allocate_shared_memory(C.dtype, [8, C.block_s], ones_layout, one)
-    memory = Memory(rows, blocks, ones, bars)
+    tiles_smem = bars
+    if C.is_dynamic:
+        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+        tiles_smem = gl.allocate_shared_memory(gl.int32, [2, 1], flat)
+    memory = Memory(rows, blocks, ones, tiles_smem, bars)
     for i in gl.static_range(4 * C.consumers):
         mbarrier.init(bars.index(i), count=1)
     for i in gl.static_range(C.stages):
@@ -799,6 +843,8 @@ def attention_fwd_kernel(
         mbarrier.init(_ring(bars, K_EMPTY, i, C), count=C.consumers)
         mbarrier.init(_ring(bars, V_FULL, i, C), count=1)
         mbarrier.init(_ring(bars, V_EMPTY, i, C), count=C.consumers)
+    for i in gl.static_range(2):
+        mbarrier.init(_tile_full(bars, i, C), count=1)
     fence_async_shared()
     barrier()
 
@@ -819,6 +865,7 @@ def attention_fwd_kernel(
         row_stats_ptr,
         value_sums_ptr,
         overflow_ptr,
+        counter_ptr,
     )
     gains = Gains(gains, gain_strides)
     sizes = Sizes(H, T, S, q_offset, diagonal, value_dim, lead, heads, heads_together, tiles)
@@ -854,9 +901,6 @@ def attention_fwd_kernel(
 
 # Keys, in blocks, from which the form with a fixed maximum is worth a launch of its own: estimated.
 _FEWEST_BLOCKS = 4
-# Keys up to which a program takes several tiles: their ends are hidden, but long causal tiles would
-# not balance. Measured.
-_MOST_KEYS_IN_ROUNDS = 2048
 
 
 class ForwardPlan:
@@ -867,21 +911,25 @@ class ForwardPlan:
         B, H, T, D = q.shape
         HKV, S, DV = k.shape[1:3] + v.shape[3:]
         width = width_of(D, DV)
-        tile = forward_tile(width)
+        tile = forward_tile(width, visibility.is_causal, S)
         gain_strides, gain_is_tensor = launch.gain_arguments(gains)
         q_offset, diagonal = visibility_sizes(visibility, T, S)
         fits = residual is not None and residual.dtype == q.dtype and launch.fits_tma(residual)
         shape = ForwardShape(
-            *tile[:3],
-            width,
-            DTYPES[q.dtype],
-            *tile[3:],
+            consumers=tile.consumers,
+            block_s=tile.block_s,
+            stages=tile.stages,
+            width=width,
+            dtype=DTYPES[q.dtype],
+            row_sums=tile.row_sums,
+            takes_turns=tile.takes_turns,
             is_causal=visibility.is_causal,
             is_centered=call.is_centered,
             has_identity=call.has_identity,
             residual="none" if residual is None else "tile" if fits else "direct",
             form="fixed" if _FEWEST_BLOCKS * tile.block_s <= S else "running",
             saves=saves,
+            is_dynamic=tile.schedule == "dynamic",
             group=H // HKV,
             gain_is_tensor=gain_is_tensor,
         )
@@ -899,20 +947,19 @@ class ForwardPlan:
             shape.block_t, shape.block_s, 4, 1, max_registers=MOST_REGISTERS[shape.consumers]
         )
         at_once = min(launch.multiprocessors(q), tiles)
-        in_rounds = not shape.is_causal or S <= _MOST_KEYS_IN_ROUNDS
         self.shape = shape
         self.value_sums = ValuePrefixSums(v, lead) if shape.is_centered else None
         self.overflow = tiles * shape.consumers
         self.first = launch.Launch(
             attention_fwd_kernel,
-            at_once if in_rounds else tiles,
+            tiles if tile.schedule == "grid" else at_once,
             fixed,
             config,
             C=Constants(shape),
         )
         self.second = None
         if shape.form == "fixed":
-            second = Constants(replace(shape, form="second"))
+            second = Constants(replace(shape, form="second", is_dynamic=False))
             self.second = launch.Launch(attention_fwd_kernel, at_once, fixed, config, C=second)
         rows = [1, 1, 64, width]
         keys = [1, 1, shape.block_s, width]
@@ -922,9 +969,15 @@ class ForwardPlan:
         q, k, v, residual, gains, visibility, _, _ = call
         shape = self.shape
         seen = visibility_arguments(visibility)
-        overflow = None
+        overflow = counter = value_sums = None
         if self.second is not None:
             overflow = torch.empty(self.overflow, dtype=torch.int32, device=q.device)
+        if shape.is_dynamic:
+            # The prepass sets it to 0, if there is one.
+            allocate = torch.zeros if self.value_sums is None else torch.empty
+            counter = allocate(1, dtype=torch.int32, device=q.device)
+        if self.value_sums is not None:
+            value_sums = self.value_sums(v, seen, counter)
         is_direct = shape.residual == "direct"
         arguments = (
             *self.descriptors(
@@ -940,8 +993,9 @@ class ForwardPlan:
             result.out if is_direct else None,
             result.lse,
             result.row_stats,
-            None if self.value_sums is None else self.value_sums(v, seen),
+            value_sums,
             overflow,
+            counter,
             seen,
             tuple(gains),
         )

@@ -55,10 +55,16 @@ def value_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["entries"])
-def value_prefix_kernel(sums_ptr, entries, DV: tl.constexpr):
-    """Turn the entries of one head into sums of all up to them, some columns at a time."""
+def value_prefix_kernel(sums_ptr, counter_ptr, entries, DV: tl.constexpr):
+    """Turn the entries of one head into sums of all up to them, some columns at a time.
+
+    The counter of the forward's tiles, if it has one, starts at 0.
+    """
     chunks: tl.constexpr = (DV + _COLUMNS_AT_ONCE - 1) // _COLUMNS_AT_ONCE
     pid = tl.program_id(0)
+    if counter_ptr is not None:
+        if pid == 0:
+            tl.store(counter_ptr, 0)
     offs_d = pid % chunks * _COLUMNS_AT_ONCE + tl.arange(0, _COLUMNS_AT_ONCE)
     base = sums_ptr + tl.cast(pid // chunks, tl.int64) * entries * DV
     # [_COLUMNS_AT_ONCE]
@@ -78,7 +84,7 @@ class ValuePrefixSums:
     """Sums of v (B, Hkv, S, Dv) before each boundary of the blocks, for one signature of a call.
 
     A call returns float32 (B, Hkv, ceil((S + lead) / 64) + 1, Dv): entry e has the keys in range
-    below 64 e - lead.
+    below 64 e - lead. It sets `counter`, if given, to 0.
     """
 
     def __init__(self, v: torch.Tensor, lead: int) -> None:
@@ -99,8 +105,10 @@ class ValuePrefixSums:
             value_prefix_kernel, B * HKV * chunks, (blocks + 1,), config, DV=DV
         )
 
-    def __call__(self, v: torch.Tensor, visibility: tuple) -> torch.Tensor:
+    def __call__(
+        self, v: torch.Tensor, visibility: tuple, counter: torch.Tensor | None
+    ) -> torch.Tensor:
         sums = torch.empty(self.shape, dtype=torch.float32, device=v.device)
         self.sums(v, sums, visibility)
-        self.prefix(sums)
+        self.prefix(sums, counter)
         return sums

@@ -1,5 +1,6 @@
 """The Hopper forward against float64: on a Hopper GPU, or in the emulator of Gluon kernels."""
 
+import contextlib
 import dataclasses
 from unittest import mock
 
@@ -8,6 +9,7 @@ import torch
 
 from shaped_attn import shaped_attention
 from shaped_attn.kernels import attention, launch
+from shaped_attn.kernels.hopper import tiles
 from shaped_attn.testing import (
     Case,
     assert_within_budget,
@@ -110,15 +112,30 @@ def test_forward_in_float16(name, hopper, device):
     compare(hopper, device, of_dtype(CASES[name], FP16), "learned")
 
 
-@pytest.mark.parametrize("name", ["ragged_causal", "left_padding"])
-def test_bits_do_not_depend_on_the_schedule(name, hopper, device):
-    """Programs take several tiles each, side by side or one after the other."""
-    case = of_dtype(CASES[name], BF16)
-    with mock.patch.object(launch, "multiprocessors", lambda tensor: 3):
-        first, *others = (
-            compare(hopper, device, case, "fixed", seed=seed, interleave=1 + seed)
-            for seed in range(3)
-        )
+@contextlib.contextmanager
+def scheduled(schedule: str):
+    """Three programs share the tiles, by rounds or from a counter, or each tile has its own."""
+    from shaped_attn.kernels.hopper import attention_fwd
+
+    def forward_tile(*arguments):
+        return tiles.forward_tile(*arguments)._replace(schedule=schedule)
+
+    with (
+        mock.patch.object(launch, "multiprocessors", lambda tensor: 3),
+        mock.patch.object(attention_fwd, "forward_tile", forward_tile),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("kind", ["fixed", "plain"])
+@pytest.mark.parametrize("name", ["ragged_causal", "left_padding", "ragged_full"])
+def test_bits_do_not_depend_on_the_schedule(name, kind, hopper, device):
+    found = []
+    for seed, schedule in enumerate(("grid", "rounds", "dynamic", "dynamic")):
+        with scheduled(schedule):
+            case = of_dtype(CASES[name], BF16)
+            found.append(compare(hopper, device, case, kind, seed=seed, interleave=1 + seed % 3))
+    first, *others = found
     for other in others:
         assert all(torch.equal(x, other[name]) for name, x in first.items())
 
@@ -219,27 +236,29 @@ def test_no_synchronisation_can_be_left_out(hopper):
 
     from shaped_attn.kernels.hopper.attention_fwd import attention_fwd_kernel
 
-    def results(head_dim: int, residual_dtype: torch.dtype, **draw) -> list[torch.Tensor]:
+    def results(
+        head_dim: int, residual_dtype: torch.dtype, keys: int = 560, schedule="dynamic", **draw
+    ) -> list[torch.Tensor]:
         case = Case(
-            *(1, 2, 1, 530, 560, head_dim),
+            *(1, 2, 1, 530, keys, head_dim),
             dtype=BF16,
             residual_dtype=residual_dtype,
             is_causal=True,
         )
         inputs = make_inputs(case, scale=0.125, device="cpu", **draw)
         gains = (0.7, 1.1, 0.9, 0.8, 0.6, 0.125)
-        few = mock.patch.object(launch, "multiprocessors", lambda tensor: 2)
-        with few, hopper():
+        with scheduled(schedule), hopper():
             return list(
                 attention.attention_fwd(
-                    *inputs, gains, Visibility(True, 30), save_for_backward=True
+                    *inputs, gains, Visibility(True, keys - 530), save_for_backward=True
                 )
             )
 
     calls = [
         {"head_dim": 128, "residual_dtype": BF16},
-        {"head_dim": 64, "residual_dtype": torch.float32},
+        {"head_dim": 64, "residual_dtype": torch.float32, "schedule": "rounds"},
         {"head_dim": 64, "residual_dtype": BF16, "logit_std": 300.0},
+        {"head_dim": 64, "residual_dtype": BF16, "keys": 60},
     ]
     calls = [(call, results(**call)) for call in calls]
 
