@@ -103,6 +103,36 @@ def test_the_second_call_launches_what_the_first_did(options, arch, family):
     )
 
 
+def test_the_fused_backward_launches_again_what_it_did_first():
+    run(
+        """
+        from shaped_attn.kernels.attention import AttentionGradients, Call, Needs
+        from shaped_attn.kernels.hopper.attention_bwd import BackwardPlan
+        from shaped_attn.visibility import Visibility
+
+        q, k, v, d_out = torch.randn(4, 1, 2, 100, 128).bfloat16()
+        terms = torch.randn(3, 1, 2, 128)
+        gains = (1.0, 1.0, 1.0, 1.0, 1.0, 0.1)
+        call = Call(q, k, v, None, gains, Visibility(is_causal=True, q_offset=0))
+        gradients = AttentionGradients(*map(torch.empty_like, (q, k, v)), None)
+        with launch.assume_architecture(ARCH):
+            plan = BackwardPlan(call, d_out, Needs(scale=True), is_deterministic=False)
+        plan.preprocess = lambda *_: (terms, None, None)
+        made = []
+        for _ in range(2):
+            stand_in.launches.clear()
+            compilations.clear()
+            plan(call, None, d_out, None, gradients)
+            launched = [describe((*x[:6], *x[7:])) for x in stand_in.launches]
+            made.append((launched, list(compilations)))
+        kernels = ["attention_bwd_dkdv_kernel", "convert_dq_kernel"]
+        assert made == [(made[0][0], kernels), (made[0][0], [])]
+        assert len(made[0][0]) == 2
+    """,
+        90,
+    )
+
+
 def test_what_triton_may_compile_for_is_in_the_signature():
     run("""
         q, k, v = tensors()

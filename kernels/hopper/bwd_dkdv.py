@@ -304,8 +304,8 @@ def _largest_weight(gains, head, C: gl.constexpr):
 def _group_scales(gains, key_head, C: gl.constexpr):
     """Common factors under which the heads of one group accumulate dk and dv.
 
-    Returns the scale of largest size, and the power of two that lifts weights of order 1/n out of
-    float16's subnormal range, leaving a factor of 16 to overflow.
+    Returns the scale of largest size (there may be one for all heads), and the power of two that
+    lifts weights of order 1/n out of float16's subnormal range, with a factor of 16 to overflow.
     """
     first = key_head * C.group
     largest_scale = gain_of(gains, SCALE, first, C)
@@ -467,7 +467,7 @@ def _step(
     dk = warpgroup_mma(operand, q, dk, is_async=True)
     if C.is_fused:
         dq, dv, value_weights = warpgroup_mma_wait(1, deps=[dq, dv, value_weights])
-        _add_dq(dq, dq_sums + tile * (2 * ROWS * HALF), C)
+        _add_dq(dq, dq_sums + tile.to(gl.int64) * (2 * ROWS * HALF), C)
     dk, dv, value_weights, operand = warpgroup_mma_wait(0, deps=[dk, dv, value_weights, operand])
     mbarrier.arrive(_ring(memory.bars, EMPTY, step, C), count=1)
     return dk, dv
