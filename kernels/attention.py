@@ -120,13 +120,13 @@ class Family(NamedTuple):
     """Plans of one family of kernels: what one signature of calls fixes, built once for it.
 
     forward(call, saves) returns a plan, saves telling whether the backward's tensors are filled;
-    plan(call, result) launches and fills `result`. backward(call, d_out, needs) returns a plan;
-    plan(call, saved, d_out, d_lse, gradients) fills the allocated `gradients` and returns them with
-    the sums. No size is 0.
+    plan(call, result) launches and fills `result`. backward(call, d_out, needs, is_deterministic)
+    returns a plan; plan(call, saved, d_out, d_lse, gradients) fills the allocated `gradients` and
+    returns them with the sums. No size is 0.
     """
 
     forward: Callable[[Call, bool], Callable[[Call, ForwardResult], None]]
-    backward: Callable[[Call, torch.Tensor, Needs], Callable[..., AttentionGradients]]
+    backward: Callable[[Call, torch.Tensor, Needs, bool], Callable[..., AttentionGradients]]
 
 
 def _portable() -> Family:
@@ -169,9 +169,9 @@ def _forward_plan(call: Call, saves: bool) -> Callable[[Call, ForwardResult], No
 
 
 def _backward_plan(
-    call: Call, d_out: torch.Tensor, needs: Needs
+    call: Call, d_out: torch.Tensor, needs: Needs, is_deterministic: bool
 ) -> Callable[..., AttentionGradients]:
-    return _family_of(call).backward(call, d_out, needs)
+    return _family_of(call).backward(call, d_out, needs, is_deterministic)
 
 
 def _empty(like: torch.Tensor, shape: tuple[int, ...], dtype=torch.float32) -> torch.Tensor:
@@ -235,6 +235,7 @@ def attention_bwd(
     row_stats: torch.Tensor,
     *,
     needs: Needs,
+    is_deterministic: bool = True,
     prior: Prior = UNIFORM,
     prior_parameters: tuple | None = None,
 ) -> AttentionGradients:
@@ -242,6 +243,7 @@ def attention_bwd(
 
     d_out (B, H, T, Dv) and d_lse (B, H, T) are the gradients of out and lse; excess, center and
     row_stats those of the `ForwardResult` of the same arguments with save_for_backward=True.
+    Unless is_deterministic, a family may add up in an order that varies from call to call.
     """
     if q.shape[0] == 0 or q.shape[2] == 0 or k.shape[2] == 0:
         return _gradients_of_nothing(d_out, q, k, v, residual, gains, needs, prior)
@@ -256,7 +258,9 @@ def attention_bwd(
     saved = ForwardResult(None, None, excess, center if keeps_center else None, row_stats)
     d_lse = None if d_lse is None else d_lse.contiguous()
     with launch.on_device(q):
-        plan = launch.plan_of(_backward_plan, call, (d_out, needs), saved, d_lse)
+        plan = launch.plan_of(
+            _backward_plan, call, (d_out, needs, is_deterministic), saved, d_lse
+        )
         gradients = plan(call, saved, d_out, d_lse, gradients)
     return gradients._replace(
         q=trim_columns(gradients.q, head_dim),

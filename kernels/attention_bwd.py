@@ -79,9 +79,14 @@ class Preprocess:
 
 
 class BackwardPlan:
-    """The launches of a backward, for one signature of a call; calling it launches them."""
+    """The launches of a backward, for one signature of a call; calling it launches them.
 
-    def __init__(self, call: Call, d_out: torch.Tensor, needs: Needs) -> None:
+    Every sum has a fixed order, asked for or not.
+    """
+
+    def __init__(
+        self, call: Call, d_out: torch.Tensor, needs: Needs, is_deterministic: bool = True
+    ) -> None:
         q, k, v = call[:3]
         B, H, T, _ = q.shape
         HKV, S = k.shape[1:3]

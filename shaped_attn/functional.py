@@ -35,6 +35,7 @@ def shaped_attention(
     key_end: Tensor | None = None,
     attn_mask: Tensor | None = None,
     prior: ESPA | USPA | Tensor | None = None,
+    deterministic: bool = True,
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -91,6 +92,10 @@ def shaped_attention(
             count from ``key_start``. Without ``is_causal`` the priors are those of all S tokens.
             Learnable rates, and a Tensor that requires a gradient, get one; the latter not from
             Triton. Default None: A0_ij = 1 / n_i, D_i = 1.
+        deterministic: whether equal inputs give equal bits. Default True. False lets the gradient
+            of q be added up in an order that varies from run to run, which is faster where the
+            kernels for Hopper run; nothing else uses it, nor does it act under
+            ``torch.use_deterministic_algorithms``.
         return_lse: whether to return ``(out, lse)``. Default False.
         impl: "triton": the fused kernels, on a GPU or in Triton's interpreter. "torch": torch's
             own operators, on any device, with memory linear in T and S. "reference": T x S
@@ -134,6 +139,7 @@ def shaped_attention(
     visibility = Visibility(is_causal, q_offset, key_start, key_end, attn_mask)
     gains = validation.check_types(q, k, v, residual, gains, visibility)
     validation.check_flag("return_lse", return_lse)
+    validation.check_flag("deterministic", deterministic)
     device_type = q.device.type
     under_autocast = is_autocast(q)
     if under_autocast:
@@ -144,7 +150,9 @@ def shaped_attention(
         gains, visibility = validation.check_call(q, k, v, residual, gains, visibility)
         table = resolve_prior(prior, q, k, visibility)
     if impl == "triton":  # the operator checks the rest itself
-        out, lse = ops.attention_from_gains(q, k, v, residual, gains, visibility, prior=table)
+        out, lse = ops.attention_from_gains(
+            q, k, v, residual, gains, visibility, prior=table, deterministic=deterministic
+        )
         return (out, lse) if return_lse else out
     with torch.autocast(device_type, enabled=False) if under_autocast else nullcontext():
         if impl == "torch":

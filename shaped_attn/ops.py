@@ -63,7 +63,7 @@ _SAVED = ", ".join(f"Tensor? {name}=None" for name in Saved._fields)
 _FIXED = ", ".join(f"float fixed_{name}=1.0" for name in validation.GAIN_NAMES[:5])
 _OPTIONS = (
     f"{_FIXED}, float? fixed_scale=None, bool is_causal=False, SymInt? q_offset=None,"
-    ' str prior_form="dense"'
+    ' str prior_form="dense", bool deterministic=True'
 )
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -104,6 +104,7 @@ def _bind(
     is_causal: bool = False,
     q_offset: int | None = None,
     prior_form: str = "dense",
+    deterministic: bool = True,
 ) -> tuple[Gains, Visibility, PriorTable | None]:
     """Put the arguments of the operator together: gains that are tensors or numbers, and so on."""
     fixed = (
@@ -219,8 +220,14 @@ def _attention_backward(
         if needs_prior:
             check_learnable(table)
         prior_options = _prior_options(table, q, k, visibility.q_offset)
-        needs = kernels.Needs(*needs)
-        grads = kernels.attention_bwd(*arguments, *saved, needs=needs, **prior_options)
+        grads = kernels.attention_bwd(
+            *arguments,
+            *saved,
+            needs=kernels.Needs(*needs),
+            is_deterministic=options.get("deterministic", True)
+            or torch.are_deterministic_algorithms_enabled(),
+            **prior_options,
+        )
     else:
         grads = _composite_backward(*arguments, table, *needs)
     if needs_prior:
@@ -438,6 +445,7 @@ def attention_from_gains(
     visibility: Visibility,
     *,
     prior: PriorTable | None = None,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Call the operator with gains that are numbers or tensors; return `out` and `lse`."""
     tensors = [gain if isinstance(gain, Tensor) else None for gain in gains]
@@ -446,6 +454,8 @@ def attention_from_gains(
         for name, gain in zip(validation.GAIN_NAMES, gains, strict=True)
         if not isinstance(gain, Tensor)
     }
+    if not deterministic:
+        options["deterministic"] = False
     is_causal, q_offset, key_start, key_end, attn_mask = visibility
     values = None
     if prior is not None:

@@ -64,6 +64,7 @@ OPCHECK_CALLS = {
     ),
     "dense_prior": ({"prior": lambda device: torch.randn(20, 20).to(device)}, {}),
     "inference": ({}, {"save_for_backward": False}),
+    "any_order": ({}, {"is_causal": True, "deterministic": False}),
 }
 
 

@@ -250,6 +250,11 @@ ERRORS = {
         TypeError,
         "return_lse ... must be True or False ... got None ... bool",
     ),
+    "deterministic_int": (
+        {"deterministic": 0},
+        TypeError,
+        "deterministic ... must be True or False ... got 0 of type int ... bool",
+    ),
     "q_offset_bool": (
         {"q_offset": False},
         TypeError,
