@@ -4,6 +4,15 @@ Nothing of autograd or torch.library is here, and every import inside this folde
 `README.md` has the derivations and the naming grammar.
 """
 
+
+def __getattr__(name: str):
+    if name == "use_family":
+        from .families import use_family
+
+        return use_family
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 if __name__ == "kernels":
     # Python was started in the repository's root, and `import kernels` found this folder before the
     # package of that name on PyPI, which transformers looks for: hand over to it. Without it this

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -121,9 +121,18 @@ class Row:
     measured_on: str
 
 
+class Compiled(NamedTuple):
+    """One launch: name of its function, its constants, the kernel and what the assembler said."""
+
+    function: str
+    constants: dict[str, Any]
+    kernel: Any
+    log: str
+
+
 @contextlib.contextmanager
-def _compiling_for(arch: int | str) -> Iterator[list]:
-    """Let launches compile for `arch` instead of running; yield (name, kernel, log) of each.
+def compiling_for(arch: int | str) -> Iterator[list[Compiled]]:
+    """Let launches compile for `arch` instead of running; yields what they made.
 
     The stand-in driver stays: without a GPU there is none to go back to. Hence the own processes.
     """
@@ -135,8 +144,7 @@ def _compiling_for(arch: int | str) -> Iterator[list]:
         self.device_caches.clear()  # or a kernel of an earlier case would leave no log
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        name = _KERNEL_NAMES[self.fn.__name__] + (" bounded" if kwargs.get("BOUNDED") else "")
-        compiled.append((name, kernel, log.getvalue()))
+        compiled.append(Compiled(self.fn.__name__, kwargs, kernel, log.getvalue()))
         return kernel
 
     with knobs.nvidia.scope(), knobs.compilation.scope(), launch.assume_architecture(arch):
@@ -193,14 +201,15 @@ def compile_case(case: Case) -> list[Row]:
         prior=is_learned and case.variant.prior is not None,
     )
     prior = {"prior": call.prior, "prior_parameters": call.prior_parameters}
-    with _compiling_for(case.arch) as compiled:
+    with compiling_for(case.arch) as compiled:
         saved = attention_fwd(*call[:6], **prior, save_for_backward=True)
         attention_bwd(tensor(B, H, T, D), None, *call[:6], *saved[2:], **prior, needs=needs)
         tiles = {kernel: call.config(kernel) for kernel in configs.KERNELS}
     # The backward launches the block sums of v a second time, already compiled.
     first = {}
-    for name, kernel, log in compiled:
-        first.setdefault(name, (kernel, log))
+    for function, constants, kernel, log in compiled:
+        form = " bounded" if constants.get("BOUNDED") else ""
+        first.setdefault(_KERNEL_NAMES[function] + form, (kernel, log))
     return [
         # The block sums and both forms of the forward take its tiles.
         _row(case, tiles.get(name, tiles["forward"]), name, kernel, log)
@@ -219,13 +228,13 @@ _INSTRUCTIONS = {
 def _row(case: Case, config: configs.TileConfig, name: str, kernel, log: str) -> Row:
     if isinstance(case.arch, str):
         assembly = kernel.asm["amdgcn"]
-        registers = _number(r"\.vgpr_count:\s*(\d+)", assembly)
+        registers = number_in(r"\.vgpr_count:\s*(\d+)", assembly)
         # Scratch memory of one thread: spilled vector registers and anything else on the stack.
-        spills = _number(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
+        spills = number_in(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
     else:
         assembly = kernel.asm["ptx"]
-        registers = _number(r"Used (\d+) registers", log)
-        spills = sum(_number(rf"(\d+) bytes spill {way}", log) for way in ("stores", "loads"))
+        registers = number_in(r"Used (\d+) registers", log)
+        spills = sum(number_in(rf"(\d+) bytes spill {way}", log) for way in ("stores", "loads"))
     counts = {name: len(re.findall(pattern, assembly)) for name, pattern in _INSTRUCTIONS.items()}
     instruction = max(counts, key=counts.get)
     return Row(
@@ -249,7 +258,8 @@ def _row(case: Case, config: configs.TileConfig, name: str, kernel, log: str) ->
     )
 
 
-def _number(pattern: str, text: str) -> int:
+def number_in(pattern: str, text: str) -> int:
+    """The last number that a pattern finds in what a compiler printed."""
     found = re.findall(pattern, text)
     if not found:
         raise RuntimeError(f"the compiler's output lacks {pattern!r}; it holds:\n{text[-2000:]}")
