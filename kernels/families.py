@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 import triton
@@ -35,18 +34,18 @@ def _checked(choice: str, name: str) -> str:
     return choice
 
 
-_default = _checked(os.environ.get(_ENVIRONMENT, "auto"), _ENVIRONMENT)
-_choice: ContextVar[str] = ContextVar("family", default=_default)
+# Of the whole process: autograd runs the backward passes of a GPU in threads of its own.
+_choice = _checked(os.environ.get(_ENVIRONMENT, "auto"), _ENVIRONMENT)
 
 
 def chosen_family() -> str:
     """The choice in force: that of the `use_family` around, or of the environment."""
-    return _choice.get()
+    return _choice
 
 
 @contextmanager
 def use_family(family: str) -> Iterator[None]:
-    """Choose the family of kernels for the calls inside, backward passes included.
+    """Choose the family of kernels for the calls inside, in all threads, backward passes included.
 
     "portable" takes every call. "hopper" takes whatever its kernels can, measured or not, and
     leaves the rest (masks, priors, float32, head dimensions above 128, tensors that TMA cannot
@@ -56,11 +55,12 @@ def use_family(family: str) -> Iterator[None]:
     Raises:
         ValueError: `family` is none of these; from calls, "hopper" on a GPU other than sm_90.
     """
-    token = _choice.set(_checked(family, "family"))
+    global _choice
+    before, _choice = _choice, _checked(family, "family")
     try:
         yield
     finally:
-        _choice.reset(token)
+        _choice = before
 
 
 def triton_release() -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -96,6 +97,16 @@ def test_choice_of_a_family():
     rule = "family must be one of auto, portable, hopper, got 'h'"
     with pytest.raises(ValueError, match=rule), families.use_family("h"):
         pass
+
+
+def test_a_choice_holds_in_other_threads():
+    """On a GPU autograd runs backward passes in threads of its own."""
+    found = []
+    with families.use_family("portable"):
+        thread = threading.Thread(target=lambda: found.append(families.chosen_family()))
+        thread.start()
+        thread.join()
+    assert found == ["portable"] and families.chosen_family() == "auto"
 
 
 @pytest.mark.parametrize("value", ["portable", "nothing"])
