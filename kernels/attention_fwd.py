@@ -257,11 +257,11 @@ def attention_fwd_kernel(
     if CENTERED:
         if not WEIGHED:
             blocks = tl.cdiv(S, SUM_BLOCK)
-            sum_rows = (None, block_sums_ptr, 0, pid_bh // GROUP, blocks, 0, blocks * DV, DV, 1)
+            sums_ptr = block_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * (blocks * DV)
             # A descriptor is for tiles of BLOCK_S rows.
             edge_rows = v_rows if SUM_BLOCK == BLOCK_S else (None,) + v_rows[1:]
             value_sum = visible_value_sum(
-                edge_rows, sum_rows, row, bounds, DV, BLOCK_T, SUM_BLOCK, WIDE, DOT_PRECISION
+                edge_rows, sums_ptr, row, bounds, DV, BLOCK_T, SUM_BLOCK, WIDE, DOT_PRECISION
             )
         center = value_sum
         excess = acc - (excess_sum * inverse_weight_sum)[:, None] * value_sum

@@ -96,9 +96,9 @@ def attention_bwd_preprocess_kernel(
         else:
             bounds = load_bounds(visibility, batch, T, S, diagonal)
             blocks = tl.cdiv(S, SUM_BLOCK)
-            sum_rows = (None, block_sums_ptr, 0, pid_bh // GROUP, blocks, 0, blocks * DV, DV, 1)
+            sums_ptr = block_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * (blocks * DV)
             center = inverse_weight_sum[:, None] * visible_value_sum(
-                v_rows, sum_rows, row, bounds, DV, BLOCK_T, SUM_BLOCK, WIDE, DOT_PRECISION
+                v_rows, sums_ptr, row, bounds, DV, BLOCK_T, SUM_BLOCK, WIDE, DOT_PRECISION
             )
         softmax_part += center if UNIFORM_PRIOR else center * inverse_weight_sum[:, None]
     # D of the formula: 1 for a prior whose rows sum to 1.

@@ -66,7 +66,7 @@ class ValueBlockSums:
 @triton.jit
 def visible_value_sum(
     v_rows,
-    sum_rows,
+    sums_ptr,
     row,
     bounds,
     DV: tl.constexpr,
@@ -77,11 +77,12 @@ def visible_value_sum(
 ):
     """Sum of v over the keys that each of the rows `row .. row + BLOCK_T - 1` sees.
 
-    Blocks that every row sees come from the block sums, the matrix `sum_rows`; those at the edges
-    of the visible range from a product with ones, which are exact in every dtype.
+    Blocks that every row sees come from the block sums; those at the edges of the visible range
+    from a product with ones, which are exact in every dtype.
     """
     T, S, key_lo, key_hi, diagonal = bounds
     BLOCK_DV: tl.constexpr = tile_width(DV)
+    offs_d = tl.arange(0, BLOCK_DV)
     end = tl.minimum(key_hi, tl.minimum(row + BLOCK_T, T) - 1 + diagonal)
     first = key_lo // SUM_BLOCK
     full = tl.cdiv(key_lo, SUM_BLOCK)
@@ -89,9 +90,12 @@ def visible_value_sum(
 
     # [BLOCK_DV]
     whole = tl.zeros((BLOCK_DV,), tl.float32)
-    whole_rows = sum_rows[0:4] + (full_end,) + sum_rows[5:]
     for block in tl.range(full, full_end, _BLOCKS_AT_ONCE):
-        whole += tl.sum(load_tile(whole_rows, block, DV, _BLOCKS_AT_ONCE, WIDE), 0)
+        offs_b = block + tl.arange(0, _BLOCKS_AT_ONCE)
+        inside = (offs_b < full_end)[:, None] & (offs_d < DV)[None, :]
+        # [_BLOCKS_AT_ONCE, BLOCK_DV]
+        pointers = sums_ptr + offs_b[:, None].to(tl.int64) * DV + offs_d[None, :]
+        whole += tl.sum(tl.load(pointers, mask=inside, other=0.0), 0)
 
     # [BLOCK_T, BLOCK_DV]
     total = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32) + whole[None, :]
