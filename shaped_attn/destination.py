@@ -36,6 +36,14 @@ def check_file(path: Path, argument: str = "output") -> None:
             _try_folder(path.parent)
 
 
+@contextlib.contextmanager
+def when_whole(path: Path) -> Iterator[Path]:
+    """Give the path of a file to write, which then takes the place of ``path`` in one step."""
+    part = path.with_name(f".{path.name}.part")
+    yield part
+    part.replace(path)
+
+
 def _try_folder(folder: Path) -> None:
     # Permissions alone do not tell: a file system may be read-only, or full.
     with tempfile.TemporaryFile(dir=folder) as file:

@@ -6,6 +6,7 @@ a stack of blocks between embeddings and a head, described by a `ShapedTransform
 `TransformerBlock`, with an `MLP`. Each docstring gives the equation and the initial law of every
 parameter. `initializers` returns these laws for a tree of modules, `anneal_gains` moves the gains
 of the "recover" scheme, and `parameter_groups` tells an optimizer what to decay.
+`ShapedTransformer.generate` continues sequences, with a `KeyValueCache`.
 
 Nothing but torch is needed. `import shaped_attn` does not import this package.
 """
@@ -13,6 +14,7 @@ Nothing but torch is needed. `import shaped_attn` does not import this package.
 from .attention import ShapedAttention
 from .block import ShapedBlock, TransformerBlock
 from .gains import ShapingGains, anneal_gains
+from .generation import KeyValueCache, pad_left
 from .initialization import gaussian, initializers, orthogonal
 from .methods import METHODS
 from .mlp import MLP, ShapedMLP, shaped_relu
@@ -28,6 +30,7 @@ from .transformer import (
 __all__ = [
     "METHODS",
     "MLP",
+    "KeyValueCache",
     "Projection",
     "ShapedAttention",
     "ShapedBlock",
@@ -41,6 +44,7 @@ __all__ = [
     "gaussian",
     "initializers",
     "orthogonal",
+    "pad_left",
     "parameter_groups",
     "rotary_table",
     "shaped_relu",

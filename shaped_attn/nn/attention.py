@@ -21,6 +21,7 @@ from .checks import (
     check_size,
 )
 from .gains import ShapingGains
+from .generation import LayerCache
 from .initialization import WEIGHT_LAWS, Initialized, Law, constant
 from .positions import Rotary, rotate
 from .projection import Projection
@@ -212,6 +213,7 @@ class ShapedAttention(Initialized, nn.Module):
         key_end: Tensor | None = None,
         attn_mask: Tensor | None = None,
         rotary: Rotary | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Return ``skip_gain * residual + branch_gain * attention(x)``, (B, T, width).
 
@@ -228,12 +230,25 @@ class ShapedAttention(Initialized, nn.Module):
             attn_mask: bool, broadcastable to (B, heads, T, T), True where a query sees a key.
                 Default None: no further mask.
             rotary: cosines and sines of `rotary_table` that turn q and k. Default None.
+            cache: a layer of a `KeyValueCache`; x then follows the tokens in it, and S of them and
+                x takes the place of T in the ranges and the mask. Default None.
 
         Raises:
-            TypeError, ValueError: from the check of shapes here, and from `shaped_attention`.
+            TypeError, ValueError: from the check of shapes here, from `shaped_attention` and from
+                the cache; a cache without ``is_causal``.
         """
         q, k, operator = self._operator(x, rotary, key_start, key_end, attn_mask)
         v = _split(self._values(x), self.kv_heads)
+        if cache is not None:
+            if not self.is_causal:
+                fail(
+                    ValueError,
+                    "cache",
+                    "needs is_causal=True: what earlier tokens see must not change with later ones",
+                    "an attention without a causal mask",
+                    "Read the whole sequence without a cache, or build a decoder.",
+                )
+            k, v = cache.append(k, v)
         if self.out_proj is None:
             if residual is not None:
                 check_shape("residual", residual, tuple(x.shape))

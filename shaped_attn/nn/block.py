@@ -12,6 +12,7 @@ from ..functional import is_autocast
 from ..validation import check_flag, fail
 from .attention import ShapedAttention
 from .checks import check_choice, check_number, check_shape, check_size
+from .generation import LayerCache
 from .initialization import Initialized, Law, constant
 from .mlp import MLP, ShapedMLP
 from .positions import Rotary
@@ -113,6 +114,7 @@ class TransformerBlock(Initialized, nn.Module):
         key_end: Tensor | None = None,
         attn_mask: Tensor | None = None,
         rotary: Rotary | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Return X' for the stream X, both (B, T, width).
 
@@ -120,8 +122,8 @@ class TransformerBlock(Initialized, nn.Module):
             x: (B, T, width). It may be of a wider dtype than the parameters, and a skip keeps it:
                 each branch reads it rounded to the dtype of its weights. Autocast does not narrow
                 a skip.
-            key_start, key_end, attn_mask, rotary: as in `ShapedAttention`; without attention they
-                have no effect.
+            key_start, key_end, attn_mask, rotary, cache: as in `ShapedAttention`; without attention
+                they have no effect.
 
         Raises:
             TypeError, ValueError: as in `ShapedAttention`.
@@ -137,6 +139,7 @@ class TransformerBlock(Initialized, nn.Module):
                 key_end=key_end,
                 attn_mask=attn_mask,
                 rotary=rotary,
+                cache=cache,
             )
         if self.is_parallel:
             return self.mlp(read, x, branch_gain=self.mlp_branch_gain)

@@ -16,13 +16,14 @@ def rotary_table(
     head_dim: int,
     base: float = 10000.0,
     *,
+    start: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Rotary:
     """Return cosine and sine of ``position * base^(-2 d / head_dim)``, each (length, head_dim / 2).
 
-    Position runs from 0 to length - 1 and d from 0 to head_dim / 2 - 1. They are computed and
-    returned in float32, or in float64 for that ``dtype``.
+    Position runs from ``start`` to start + length - 1 and d from 0 to head_dim / 2 - 1. They are
+    computed and returned in float32, or in float64 for that ``dtype``.
 
     References:
         Su et al., RoFormer, arXiv 2104.09864.
@@ -30,7 +31,7 @@ def rotary_table(
     dtype = torch.promote_types(dtype, torch.float32)
     half = head_dim // 2
     frequency = base ** (-torch.arange(half, device=device, dtype=dtype) / half)
-    angle = torch.arange(length, device=device, dtype=dtype)[:, None] * frequency
+    angle = torch.arange(start, start + length, device=device, dtype=dtype)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 

@@ -7,17 +7,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..validation import check_flag, fail
+from . import saving
 from .block import NORMS, ShapedBlock, TransformerBlock, make_norm, normalize
 from .checks import check_choice, check_positive, check_shape, check_size
 from .gains import GAIN_NAMES, check_head_gain
+from .generation import KeyValueCache, generate
 from .initialization import Initialized
 from .methods import build_blocks, final_norm, resolve_wiring
 from .positions import rotary_table
@@ -44,6 +47,9 @@ SHAPED_FIELDS = (
     "trainable_slopes",
 )
 """Fields that describe `ShapedBlock` and have no meaning for other methods."""
+
+VERSION_KEY, FORMAT_VERSION = "format_version", 1
+"""Of the JSON of a configuration."""
 
 IGNORED_LABEL = -100
 """Label of tokens that the loss leaves out."""
@@ -256,13 +262,33 @@ class ShapedTransformerConfig:
         return cls(**values)
 
     def to_json(self) -> str:
-        """Return all fields as JSON; `from_json` is the inverse."""
-        return json.dumps(self.to_dict(), indent=2)
+        """Return all fields and the version of the format as JSON; `from_json` is the inverse."""
+        return json.dumps({VERSION_KEY: FORMAT_VERSION, **self.to_dict()}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> ShapedTransformerConfig:
-        """Make a configuration from the JSON of a dict of fields. Raises as `from_dict`."""
-        return cls.from_dict(json.loads(text))
+        """Make a configuration from the JSON of a dict of fields.
+
+        ``format_version`` may be left out.
+
+        Raises:
+            ValueError: the text is no JSON of a dict, or of another version.
+            TypeError, ValueError: as `from_dict`.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            rule = "must be the JSON of a dict of fields"
+            fail(ValueError, "text", rule, type(values).__name__, "to_json writes one.")
+        version = values.pop(VERSION_KEY, FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            fail(
+                ValueError,
+                VERSION_KEY,
+                f"must be {FORMAT_VERSION}, which this version of shaped_attn reads",
+                repr(version),
+                "Load it with the version of shaped_attn that wrote it, or a later one.",
+            )
+        return cls.from_dict(values)
 
 
 class ShapedTransformerOutput(NamedTuple):
@@ -401,6 +427,7 @@ class ShapedTransformer(Initialized, nn.Module):
         key_start: Tensor | None = None,
         key_end: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> ShapedTransformerOutput:
         """Return hidden states, logits if there is a head, and the loss if there are labels.
 
@@ -414,6 +441,9 @@ class ShapedTransformer(Initialized, nn.Module):
             key_end: (B,) int, one past the last token that is not padding. Default T.
             attn_mask: bool, broadcastable to (B, heads, T, T), True where a query sees a key.
                 Default None: no further mask.
+            cache: of the tokens before these, to which these are added; it has the ``key_start``,
+                and takes the place of the other arguments. Only under ``torch.no_grad()``. Default
+                None: these are all tokens.
 
         Returns:
             A `ShapedTransformerOutput`. The loss is the mean cross-entropy in nats over the labels
@@ -422,7 +452,8 @@ class ShapedTransformer(Initialized, nn.Module):
         Raises:
             TypeError: tokens or labels are not integers.
             ValueError: shapes do not fit, more tokens than learned positions, labels without a
-                head, or on a CPU an id or a label that the vocabulary, or the classes, do not have.
+                head; a cache that has no room, of an encoder, or beside arguments whose place it
+                takes; on a CPU an id or a label that the vocabulary, or the classes, do not have.
                 Elsewhere, and under torch.compile, that is an error of torch's own kernels: to
                 look before would wait for the device.
         """
@@ -430,7 +461,13 @@ class ShapedTransformer(Initialized, nn.Module):
         check_shape("tokens", tokens, ("B", "T"))
         if labels is not None:
             self._check_labels(labels, tokens)
-        hidden = self._embed(tokens, key_start)
+        start = 0
+        if cache is not None:
+            _check_without_cache(
+                labels=labels, key_start=key_start, key_end=key_end, attn_mask=attn_mask
+            )
+            start, key_start = cache.length, cache.key_start
+        hidden = self._embed(tokens, key_start, start)
         rotary = None
         if self.config.positions == "rotary":
             head_dim = self.blocks[0].attention.head_dim
@@ -438,6 +475,7 @@ class ShapedTransformer(Initialized, nn.Module):
                 tokens.shape[1],
                 head_dim,
                 self.config.rotary_base,
+                start=start,
                 device=hidden.device,
                 dtype=hidden.dtype,
             )
@@ -447,20 +485,114 @@ class ShapedTransformer(Initialized, nn.Module):
             "attn_mask": attn_mask,
             "rotary": rotary,
         }
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            if cache is not None:
+                options["cache"] = cache.layer(layer)
             if self.config.activation_checkpointing:
                 hidden = checkpoint(
                     block, hidden, **options, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 hidden = block(hidden, **options)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
         if self.final_norm is not None:
             hidden = normalize(hidden, self.final_norm)
         logits = self._logits(hidden)
         loss = None if labels is None else self._loss(logits, labels)
         return ShapedTransformerOutput(hidden, logits, loss)
 
-    def _embed(self, tokens: Tensor, key_start: Tensor | None) -> Tensor:
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        key_start: Tensor | None = None,
+        end_token: int | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Continue sequences token by token, each computed once with a `KeyValueCache`.
+
+        Every method can, and what it gives is what the model without a cache gives, up to rounding.
+        No gradient is kept.
+
+        Args:
+            tokens: (B, T) integers, T at least 1: the prompts. Shorter ones have padding in front;
+                `pad_left` makes ``tokens`` and ``key_start`` of prompts of different lengths.
+            max_new_tokens: how many to add to each. Learned positions limit T + max_new_tokens to
+                ``max_length``.
+            temperature: 0.0, the default, takes the most likely token, of equal ones the first.
+                Otherwise tokens are drawn from softmax(logits / temperature).
+            top_k: draw from the k most likely tokens alone. Default None: from all.
+            top_p: draw from the fewest most likely tokens (of the k) whose probabilities add up to
+                at least p, above 0 and at most 1. Default None: from all.
+            key_start: (B,) int, first token of each prompt that is not padding. Default None: no
+                padding.
+            end_token: after it a sequence is filled with it, and when all have it no further tokens
+                are computed. Default None: none ends a sequence.
+            generator: source of the draws, on the device of the model; equal states of it give
+                equal tokens. Default None: torch's global one.
+
+        Returns:
+            (B, T + n) of the dtype of ``tokens``, the prompts in front; n is ``max_new_tokens``, or
+            less if all sequences have ended.
+
+        Raises:
+            TypeError, ValueError: a model without head "causal_lm", an argument out of its range,
+                ``top_k``, ``top_p`` or ``generator`` at temperature 0, logits that are not finite;
+                and as ``forward``.
+        """
+        return generate(
+            self,
+            tokens,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            key_start=key_start,
+            end_token=end_token,
+            generator=generator,
+        )
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write ``model.json``, the configuration, and ``model.safetensors``, the weights.
+
+        Args:
+            folder: made if it is not there. A model that is in it is not overwritten.
+
+        Raises:
+            ModuleNotFoundError: safetensors is not installed.
+            OSError: the folder cannot be written, or has a model.
+            ValueError: the weights are not those of the configuration, such as stacks.
+        """
+        saving.save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ShapedTransformer:
+        """Make the model that `save_pretrained`, or a finished `shaped-attn train`, has written.
+
+        Args:
+            folder: that has ``model.json`` and ``model.safetensors``.
+            device: of the parameters. Default: torch's default device.
+            dtype: of the parameters. Default: as they were saved, bit for bit.
+
+        Raises:
+            ModuleNotFoundError: safetensors is not installed.
+            OSError: a file is missing or cannot be read.
+            ValueError: a file is damaged, or of another format or version; the two do not fit.
+        """
+        return saving.load(cls, ShapedTransformerConfig, folder, device, dtype)
+
+    def _embed(self, tokens: Tensor, key_start: Tensor | None, start: int) -> Tensor:
         # Of other integers torch has no embedding.
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.int32))
         try:
@@ -470,7 +602,7 @@ class ShapedTransformer(Initialized, nn.Module):
             raise
         if self.position_embedding is None:
             return x
-        length, room = tokens.shape[1], self.config.max_length
+        length, room = start + tokens.shape[1], self.config.max_length
         if length > room:
             fail(
                 ValueError,
@@ -479,7 +611,7 @@ class ShapedTransformer(Initialized, nn.Module):
                 length,
                 "Cut them, or raise max_length.",
             )
-        position = torch.arange(length, device=tokens.device)
+        position = torch.arange(start, length, device=tokens.device)
         if key_start is not None:
             position = (position - key_start[:, None]).clamp(min=0)
         return (x + self.position_embedding(position)) / math.sqrt(2)
@@ -528,6 +660,18 @@ class ShapedTransformer(Initialized, nn.Module):
             f"positions={config.positions!r}, "
             f"tie_embeddings={config.tie_embeddings}"
         )
+
+
+def _check_without_cache(**arguments: Tensor | None) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            remedies = {
+                "labels": "Compute losses without a cache.",
+                "key_start": "Give it to the cache: KeyValueCache(capacity, key_start=key_start).",
+                "key_end": "Put padding in front of the tokens; pad_left does.",
+                "attn_mask": "Read the whole sequences without a cache.",
+            }
+            fail(ValueError, name, "must be None beside a cache", "a Tensor", remedies[name])
 
 
 def _check_integers(name: str, x: Tensor) -> None:

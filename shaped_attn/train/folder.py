@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..destination import when_whole
+from ..nn import saving
 from ..validation import fail
 from .settings import TrainSettings
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears only when it is whole; an existing one is replaced."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with when_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 class RunFolder:
@@ -23,20 +24,21 @@ class RunFolder:
     Attributes:
         root: the folder.
         run: settings, the text's fingerprint and sizes, and the number of processes.
-        model: configuration of the model, for ``ShapedTransformerConfig.from_json``.
+        model: configuration of the model; with ``weights`` it is what
+            ``ShapedTransformer.from_pretrained`` reads.
         metrics: one JSON object per line.
         checkpoints: folder of the checkpoints.
-        weights: of the trained model, for ``load_state_dict``.
+        weights: of the trained model; not there before the run has finished.
         result: how the run ended; not there before that.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
         self.run = self.root / "run.json"
-        self.model = self.root / "model.json"
+        self.model = self.root / saving.CONFIG
         self.metrics = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"
-        self.weights = self.root / "model.safetensors"
+        self.weights = self.root / saving.WEIGHTS
         self.result = self.root / "result.json"
 
     def check(self, settings: TrainSettings, digest: str, processes: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..destination import check_folder
-from ..nn import ShapedTransformer, parameter_groups
+from ..nn import ShapedTransformer, parameter_groups, saving
 from ..validation import fail
 from . import checkpoints, metrics
 from .corpus import Corpus, fixed_windows, sample_batch, step_generator, unigram_entropy
@@ -410,12 +410,7 @@ class _Run:
 
     def export(self) -> None:
         """Write the weights under the names of `ShapedTransformer`."""
-        from safetensors.torch import save_file
-
-        state = self.accelerator.unwrap_model(self.model).state_dict()
-        part = self.folder.weights.with_name(f".{self.folder.weights.name}.part")
-        save_file({name: x.contiguous().cpu() for name, x in state.items()}, part)
-        part.replace(self.folder.weights)
+        saving.write_weights(self.accelerator.unwrap_model(self.model), self.folder.weights)
 
     def close(self) -> None:
         """Close the records and let go of model and optimizer."""
