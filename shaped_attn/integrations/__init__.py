@@ -1,0 +1,1 @@
+"""Bridges to other libraries, each a module that imports its library; nothing is imported here."""
