@@ -36,7 +36,7 @@ class _Dkdv:
         constants = _constants(call)
         width, is_causal = constants["width"], constants["is_causal"]
         shape = DkdvShape(
-            *(fused_tile(width) if is_fused else dkdv_tile(width, is_causal)),
+            *(fused_tile if is_fused else dkdv_tile)(width, is_causal),
             **constants,
             is_centered=call.is_centered,
             has_identity=call.has_identity,
@@ -123,7 +123,7 @@ class _ConvertDq:
     def __init__(self, call: Call, needs: Needs) -> None:
         q, _, v = call[:3]
         B, H, T, D = q.shape
-        block_t = fused_tile(width_of(D, v.shape[3])).block_t
+        block_t = fused_tile(width_of(D, v.shape[3]), call.visibility.is_causal).block_t
         half_tiles = 2 * triton.cdiv(T, block_t)
         gain_strides, gain_is_tensor = launch.gain_arguments(call.gains)
         self.launch = launch.Launch(
@@ -168,7 +168,8 @@ def _can_fuse(call: Call) -> bool:
     """
     q, k, v = call[:3]
     has_units = q.shape[1] > k.shape[1] and isinstance(call.gains[SCALE.value], torch.Tensor)
-    return not has_units and fused_tile(width_of(q.shape[3], v.shape[3])) is not None
+    width = width_of(q.shape[3], v.shape[3])
+    return not has_units and fused_tile(width, call.visibility.is_causal) is not None
 
 
 class BackwardPlan:

@@ -12,7 +12,7 @@ of this program. A worker keeps every buffer that it uses in a register: hence f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,11 +46,11 @@ from .primitives import (
     ROWS,
     Constants,
     Gains,
+    Shape,
     accumulator,
     barrier,
     before,
     gain_of,
-    left_operand,
     pack,
     pin,
     place,
@@ -61,7 +61,7 @@ from .primitives import (
     turn_wait,
     unpack,
 )
-from .tiles import forward_tile, heads_together, width_of
+from .tiles import ForwardTile, forward_tile, heads_together, width_of
 from .value_prefix import ValuePrefixSums
 
 if TYPE_CHECKING:
@@ -72,43 +72,34 @@ if TYPE_CHECKING:
 MOST_WEIGHT = gl.constexpr(2.0**32)
 
 
-@dataclass(frozen=True)
-class ForwardShape:
+@dataclass(frozen=True, kw_only=True)
+class ForwardShape(Shape):
     """What a forward is compiled for.
 
     Attributes:
         consumers: warpgroups, of 64 queries each.
         block_s, stages: keys of a block, and how many blocks are in flight.
-        width: columns of all tiles.
-        dtype: of q, k and v.
         row_sums: "packed" or "product", as in the portable `row_sums`.
         takes_turns: consumers take turns to issue products.
-        is_causal, is_centered, has_identity: which terms there are.
+        is_centered, has_identity: which terms there are.
         residual: "none", "tile" (by TMA, of the dtype of q), or "direct", and out with it.
         form: "fixed" keeps the maximum of the first block, and marks tiles whose weights overflow;
             "second" computes these with a maximum that follows the keys, "running" all.
         saves: whether the backward's tensors are written.
         is_dynamic: a program takes its next tile from a counter, not its share of the rounds.
-        group: query heads of a key head.
-        gain_is_tensor: which gains are.
     """
 
     consumers: int
     block_s: int
     stages: int
-    width: int
-    dtype: gl.dtype
     row_sums: str
     takes_turns: bool
-    is_causal: bool
     is_centered: bool
     has_identity: bool
     residual: str
     form: str
     saves: bool
     is_dynamic: bool
-    group: int
-    gain_is_tensor: tuple[bool, ...]
 
     @property
     def block_t(self) -> int:
@@ -139,16 +130,6 @@ class ForwardShape:
     def scores(self) -> gl.NVMMADistributedLayout:
         """Layout of a tile of scores, [ROWS, block_s]."""
         return accumulator(self.block_s)
-
-    @property
-    def outputs(self) -> gl.NVMMADistributedLayout:
-        """Layout of a tile of results, [ROWS, width]."""
-        return accumulator(self.width)
-
-    @property
-    def weights(self) -> gl.DotOperandLayout:
-        """Layout of weights, [ROWS, block_s] or [ROWS, ROWS], that multiply values."""
-        return left_operand(self.width)
 
     @property
     def sums(self) -> gl.NVMMADistributedLayout:
@@ -395,11 +376,20 @@ def _load_own(descriptors, memory, where, sizes, turn, c: gl.constexpr, C: gl.co
 
 
 @gluon.jit
-def _is_left(overflow, tile, C: gl.constexpr):
+def _flag(where, sizes, c: gl.constexpr):
+    """Place of the mark of the 64 queries of consumer c, and whether there are any."""
+    blocks = gl.cdiv(sizes.T, ROWS)
+    block = where.row // ROWS + c
+    return (where.batch * sizes.H + where.head) * blocks + block, block < blocks
+
+
+@gluon.jit
+def _is_left(overflow, where, sizes, C: gl.constexpr):
     """Whether a tile, or part of it, is left to the running maximum."""
-    left = gl.load(overflow + tile * C.consumers)
-    for c in gl.static_range(1, C.consumers):
-        left += gl.load(overflow + tile * C.consumers + c)
+    left = 0
+    for c in gl.static_range(C.consumers):
+        at, is_inside = _flag(where, sizes, c)
+        left |= gl.load(overflow + at, mask=is_inside, other=0)
     return left > 0
 
 
@@ -430,8 +420,8 @@ def _producer(every, c: gl.constexpr, C: gl.constexpr):
             # Asked for ahead of the loads, which hide how long it takes.
             following = gl.num_programs(0) + gl.atomic_add(every.pointers.counter, 1)
             _announce(every.memory, tile, i, C)
-        if C.form != "second" or _is_left(every.pointers.overflow, tile, C):
-            where = _place(tile, every.visibility, every.sizes, C)
+        where = _place(tile, every.visibility, every.sizes, C)
+        if C.form != "second" or _is_left(every.pointers.overflow, where, every.sizes, C):
             _load_tile(every.descriptors, every.memory, where, every.sizes, g, turn, C)
             g += where.blocks
             turn += 1
@@ -608,7 +598,7 @@ def _visible_value_sum(own, where, ends, sizes, value_sums, turn, c: gl.constexp
 
 
 @gluon.jit
-def _attend(every, where, g, turn, tile, c: gl.constexpr, C: gl.constexpr):
+def _attend(every, where, g, turn, c: gl.constexpr, C: gl.constexpr):
     """One tile of queries of consumer c, from its scores to its results."""
     memory = every.memory
     sizes = every.sizes
@@ -656,11 +646,11 @@ def _attend(every, where, g, turn, tile, c: gl.constexpr, C: gl.constexpr):
     acc, sums = _finish_product(weights, acc, sums, memory, last, C)
     if C.row_sums == "product":
         sums = gl.convert_layout(gl.max(sums, 1), row_layout)  # of equal numbers
-    _finish(every, where, turn, tile, ends, acc, sums, m, u, c, C)
+    _finish(every, where, turn, ends, acc, sums, m, u, c, C)
 
 
 @gluon.jit
-def _finish(every, where, turn, tile, ends, acc, sums, m, u, c: gl.constexpr, C: gl.constexpr):
+def _finish(every, where, turn, ends, acc, sums, m, u, c: gl.constexpr, C: gl.constexpr):
     """Results of a tile from its products: what is saved, then the other terms."""
     descriptors = every.descriptors
     pointers = every.pointers
@@ -678,8 +668,8 @@ def _finish(every, where, turn, tile, ends, acc, sums, m, u, c: gl.constexpr, C:
     if C.form == "fixed":
         # NaN is not below the limit either; rows past T hold anything.
         fits = (sums < MOST_WEIGHT) | (rows >= sizes.T)
-        left = 1 - gl.min(fits.to(gl.int32), 0)
-        gl.store(pointers.overflow + tile * C.consumers + c, left)
+        at, is_inside = _flag(where, sizes, c)
+        gl.store(pointers.overflow + at, 1 - gl.min(fits.to(gl.int32), 0), mask=is_inside)
     normalizer = sums
     if C.is_centered:
         normalizer += count * u
@@ -757,9 +747,9 @@ def _consumer(every, c: gl.constexpr, C: gl.constexpr):
     i = 0
     tile = _announced(every.memory, 0, C)
     while tile < every.sizes.tiles:
-        if C.form != "second" or _is_left(every.pointers.overflow, tile, C):
-            where = _place(tile, every.visibility, every.sizes, C)
-            _attend(every, where, g, turn, tile, c, C)
+        where = _place(tile, every.visibility, every.sizes, C)
+        if C.form != "second" or _is_left(every.pointers.overflow, where, every.sizes, C):
+            _attend(every, where, g, turn, c, C)
             g += where.blocks
             turn += 1
         i += 1
@@ -771,7 +761,7 @@ def _consumer(every, c: gl.constexpr, C: gl.constexpr):
 def _tiles_left(overflow, sizes, C: gl.constexpr):
     """All tiles if any is left to the running maximum, none otherwise."""
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    flags = sizes.tiles * C.consumers
+    flags = sizes.heads * gl.cdiv(sizes.T, ROWS)
     left = gl.zeros([512], gl.int32, layout)
     for first in range(0, flags, 512):
         at = first + gl.arange(0, 512, layout)
@@ -907,19 +897,40 @@ class ForwardPlan:
     """The launches of a forward, for one signature of a call; calling it launches them."""
 
     def __init__(self, call: Call, saves: bool) -> None:
+        q, k, v = call[:3]
+        S = k.shape[2]
+        width = width_of(q.shape[3], v.shape[3])
+        tile = forward_tile(width, call.visibility.is_causal, S)
+        # The maximum takes registers.
+        running = tile._replace(consumers=2, row_sums="packed", schedule="rounds")
+        is_fixed = _FEWEST_BLOCKS * tile.block_s <= S
+        first = (tile, "fixed") if is_fixed else (running, "running")
+        self.shape, self.first = self._launch(call, saves, *first)
+        self.second = self._launch(call, saves, running, "second")[1] if is_fixed else None
+        self.value_sums = ValuePrefixSums(v, self._lead(call)) if call.is_centered else None
+        self.overflow = (*q.shape[:2], triton.cdiv(q.shape[2], ROWS.value))
+        rows, keys = [1, 1, ROWS.value, width], [1, 1, tile.block_s, width]
+        self.describe = Describe(rows, keys, keys, rows, rows, rows, rows)
+
+    @staticmethod
+    def _lead(call: Call) -> int:
+        """How far blocks of keys are shifted for tiles of queries to start at their boundaries."""
+        _, diagonal = visibility_sizes(call.visibility, call.q.shape[2], call.k.shape[2])
+        return (1 - diagonal) % ROWS.value if call.visibility.is_causal else 0
+
+    def _launch(
+        self, call: Call, saves: bool, tile: ForwardTile, form: str
+    ) -> tuple[ForwardShape, launch.Launch]:
         q, k, v, residual, gains, visibility, _, _ = call
         B, H, T, D = q.shape
-        HKV, S, DV = k.shape[1:3] + v.shape[3:]
-        width = width_of(D, DV)
-        tile = forward_tile(width, visibility.is_causal, S)
+        HKV, S, DV = v.shape[1:]
         gain_strides, gain_is_tensor = launch.gain_arguments(gains)
-        q_offset, diagonal = visibility_sizes(visibility, T, S)
         fits = residual is not None and residual.dtype == q.dtype and launch.fits_tma(residual)
         shape = ForwardShape(
             consumers=tile.consumers,
             block_s=tile.block_s,
             stages=tile.stages,
-            width=width,
+            width=width_of(D, DV),
             dtype=DTYPES[q.dtype],
             row_sums=tile.row_sums,
             takes_turns=tile.takes_turns,
@@ -927,43 +938,28 @@ class ForwardPlan:
             is_centered=call.is_centered,
             has_identity=call.has_identity,
             residual="none" if residual is None else "tile" if fits else "direct",
-            form="fixed" if _FEWEST_BLOCKS * tile.block_s <= S else "running",
+            form=form,
             saves=saves,
             is_dynamic=tile.schedule == "dynamic",
             group=H // HKV,
             gain_is_tensor=gain_is_tensor,
         )
-        lead = (1 - diagonal) % 64 if visibility.is_causal else 0
         row_tiles = triton.cdiv(T, shape.block_t)
+        bytes_of_head = 4 * S * shape.width
         tiles = B * H * row_tiles
-        fixed = (
-            gain_strides,
-            launch.strides(residual),
-            *(H, T, S, q_offset, diagonal, DV, lead, B * H),
-            heads_together(B * H, H // HKV, row_tiles, 4 * S * width, shape.is_causal),
+        sizes = (
+            *(H, T, S, *visibility_sizes(visibility, T, S), DV, self._lead(call), B * H),
+            heads_together(B * H, H // HKV, row_tiles, bytes_of_head, shape.is_causal),
             tiles,
         )
-        config = TileConfig(
-            shape.block_t, shape.block_s, 4, 1, max_registers=MOST_REGISTERS[shape.consumers]
-        )
-        at_once = min(launch.multiprocessors(q), tiles)
-        self.shape = shape
-        self.value_sums = ValuePrefixSums(v, lead) if shape.is_centered else None
-        self.overflow = tiles * shape.consumers
-        self.first = launch.Launch(
+        registers = MOST_REGISTERS[shape.consumers]
+        return shape, launch.Launch(
             attention_fwd_kernel,
-            tiles if tile.schedule == "grid" else at_once,
-            fixed,
-            config,
+            tiles if tile.schedule == "grid" else min(launch.multiprocessors(q), tiles),
+            (gain_strides, launch.strides(residual), *sizes),
+            TileConfig(shape.block_t, shape.block_s, 4, 1, max_registers=registers),
             C=Constants(shape),
         )
-        self.second = None
-        if shape.form == "fixed":
-            second = Constants(replace(shape, form="second", is_dynamic=False))
-            self.second = launch.Launch(attention_fwd_kernel, at_once, fixed, config, C=second)
-        rows = [1, 1, 64, width]
-        keys = [1, 1, shape.block_s, width]
-        self.descriptors = Describe(rows, keys, keys, rows, rows, rows, rows)
 
     def __call__(self, call: Call, result: ForwardResult) -> None:
         q, k, v, residual, gains, visibility, _, _ = call
@@ -980,7 +976,7 @@ class ForwardPlan:
             value_sums = self.value_sums(v, seen, counter)
         is_direct = shape.residual == "direct"
         arguments = (
-            *self.descriptors(
+            *self.describe(
                 q,
                 k,
                 v,

@@ -35,12 +35,12 @@ from ..visibility import load_bounds
 from .primitives import (
     ROWS,
     Gains,
+    Shape,
     accumulator,
     barrier,
     before,
     consumers_meet,
     gain_of,
-    left_operand,
     place,
     sign_of,
     tma_load,
@@ -52,30 +52,21 @@ HALF = gl.constexpr(64)
 
 
 @dataclass(frozen=True)
-class DkdvShape:
+class DkdvShape(Shape):
     """What the kernel is compiled for.
 
     Attributes:
         consumers: warpgroups, of 64 keys each.
         block_t, stages: queries of a tile, and how many tiles are in flight.
-        width: columns of all tiles.
-        dtype: of q, k and v.
-        is_causal, is_centered, has_identity: which terms there are.
-        group: query heads of a key head.
-        gain_is_tensor: which gains are.
+        is_centered, has_identity: which terms there are.
         is_fused: whether dq is summed here, by two consumers, in half tiles of 64 times 64.
     """
 
     consumers: int
     block_t: int
     stages: int
-    width: int
-    dtype: gl.dtype
-    is_causal: bool
     is_centered: bool
     has_identity: bool
-    group: int
-    gain_is_tensor: tuple[bool, ...]
     is_fused: bool = False
 
     @property
@@ -109,19 +100,9 @@ class DkdvShape:
         return accumulator(self.block_t)
 
     @property
-    def outputs(self) -> gl.NVMMADistributedLayout:
-        """Layout of dk and dv, [ROWS, width]."""
-        return accumulator(self.width)
-
-    @property
     def half_tile(self) -> gl.NVMMADistributedLayout:
         """Layout of half a tile of dq, [ROWS, HALF]."""
         return accumulator(HALF.value)
-
-    @property
-    def weights(self) -> gl.DotOperandLayout:
-        """Layout of the left operand of dk and dv."""
-        return left_operand(self.width)
 
 
 class Descriptors(NamedTuple):
@@ -632,6 +613,7 @@ def attention_bwd_dkdv_kernel(
         Sizes(H, T, S, DV, q_offset, diagonal, heads_together),
         memory,
     )
+    # Constants must stand inside the call: a tuple assigned before would make them values.
     if C.consumers == 2:
         gl.warp_specialize(
             [

@@ -29,11 +29,11 @@ from ..visibility import load_bounds
 from .primitives import (
     ROWS,
     Gains,
+    Shape,
     accumulator,
     barrier,
     before,
     gain_of,
-    left_operand,
     place,
     sign_of,
     tma_load,
@@ -42,29 +42,19 @@ from .primitives import (
 
 
 @dataclass(frozen=True)
-class DqShape:
+class DqShape(Shape):
     """What the kernel is compiled for.
 
     Attributes:
         consumers: warpgroups, of 64 queries each.
         block_s, stages: keys of a block, and how many blocks are in flight.
         is_pinned: the weights are computed ahead of the wait for dP.
-        width: columns of all tiles.
-        dtype: of q, k and v.
-        is_causal: whether queries see different keys.
-        group: query heads of a key head.
-        gain_is_tensor: which gains are.
     """
 
     consumers: int
     block_s: int
     stages: int
     is_pinned: bool
-    width: int
-    dtype: gl.dtype
-    is_causal: bool
-    group: int
-    gain_is_tensor: tuple[bool, ...]
 
     @property
     def block_t(self) -> int:
@@ -75,16 +65,6 @@ class DqShape:
     def scores(self) -> gl.NVMMADistributedLayout:
         """Layout of a tile of scores, [ROWS, block_s]."""
         return accumulator(self.block_s)
-
-    @property
-    def outputs(self) -> gl.NVMMADistributedLayout:
-        """Layout of dq, [ROWS, width]."""
-        return accumulator(self.width)
-
-    @property
-    def weights(self) -> gl.DotOperandLayout:
-        """Layout of the left operand of dq."""
-        return left_operand(self.width)
 
 
 class Descriptors(NamedTuple):
@@ -350,6 +330,7 @@ def attention_bwd_dq_kernel(
         Sizes(H, T, S, diagonal, heads_together),
         memory,
     )
+    # Constants must stand inside the call: a tuple assigned before would make them values.
     if C.consumers == 2:
         gl.warp_specialize(
             [

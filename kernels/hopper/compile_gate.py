@@ -65,8 +65,9 @@ def cases() -> Iterator[Case]:
 class Row:
     """What the compiler made of one kernel: a row of the table.
 
-    spills (bytes) are of a whole thread, loop_spills counts loads and stores of spilled registers
-    in the innermost loops with products; loop is the instructions of the shortest of these.
+    Of the innermost loops with products, one of each consumer is hot: over blocks without a mask,
+    hence about as short as the shortest. loop: instructions of that. loop_spills: loads and stores
+    of spilled registers, in the hot loop that has most; spills: bytes, in the whole kernel.
     """
 
     dtype: str
@@ -183,6 +184,7 @@ def _name(case: Case, function: str, shape) -> str:
 def _row(case: Case, found: Compiled) -> Row:
     shape = found.constants["C"].shape
     of_loops = loops(found.kernel.asm["cubin"])
+    shortest = min(loop.instructions for loop in of_loops)
     return Row(
         dtype=case.dtype,
         width=case.width,
@@ -195,32 +197,38 @@ def _row(case: Case, found: Compiled) -> Row:
         spills=sum(
             number_in(rf"(\d+) bytes spill {way}", found.log) for way in ("stores", "loads")
         ),
-        loop_spills=sum(loop.spills for loop in of_loops),
-        loop=min(loop.instructions for loop in of_loops),
+        loop_spills=max(loop.spills for loop in of_loops if loop.instructions < 1.1 * shortest),
+        loop=shortest,
         shared=found.kernel.metadata.shared,
         serialized="instructions are serialized" in found.log,
     )
 
 
-# Instructions of the hot loops of the prototypes that were the fastest on an H100, compiled with
-# Triton 3.6.0: by kernel, width, and whether causal. These may have 5 % more.
+class Prototype(NamedTuple):
+    """The hot loops of the prototype that was the fastest on an H100, with Triton 3.6.0."""
+
+    instructions: int
+    spills: bool = False
+
+
+# By kernel, width, and whether causal. Loops may be 5 % longer; those that spill were measured so.
 PROTOTYPES = {
-    ("forward fixed", 64, True): 335,
-    ("forward fixed", 64, False): 336,
-    ("forward fixed", 128, True): 477,
-    ("forward fixed", 128, False): 479,
-    ("dkdv", 64, True): 311,
-    ("dkdv", 64, False): 560,
-    ("dkdv", 128, True): 343,
-    ("dkdv", 128, False): 348,
-    ("dq", 64, True): 232,
-    ("dq", 64, False): 232,
-    ("dq", 128, True): 388,
-    ("dq", 128, False): 260,
-    ("fused", 64, True): 639,
-    ("fused", 64, False): 656,
-    ("fused", 128, True): 418,
-    ("fused", 128, False): 423,
+    ("forward fixed", 64, True): Prototype(335),
+    ("forward fixed", 64, False): Prototype(336),
+    ("forward fixed", 128, True): Prototype(477),
+    ("forward fixed", 128, False): Prototype(479),
+    ("dkdv", 64, True): Prototype(307),
+    ("dkdv", 64, False): Prototype(557, spills=True),
+    ("dkdv", 128, True): Prototype(342),
+    ("dkdv", 128, False): Prototype(344),
+    ("dq", 64, True): Prototype(232),
+    ("dq", 64, False): Prototype(232),
+    ("dq", 128, True): Prototype(388),
+    ("dq", 128, False): Prototype(260),
+    ("fused", 64, True): Prototype(635, spills=True),
+    ("fused", 64, False): Prototype(645, spills=True),
+    ("fused", 128, True): Prototype(417),
+    ("fused", 128, False): Prototype(421),
 }
 
 
@@ -232,12 +240,15 @@ def failures(rows: list[Row]) -> list[str]:
         where = f"{row.dtype} {row.width} {mask} {row.terms} {row.kernel}"
         prototype = PROTOTYPES.get((row.kernel, row.width, row.is_causal))
         is_like = row.dtype == "bf16" and row.terms == "fixed" and triton_release() == (3, 6)
-        is_long = is_like and prototype is not None and row.loop > 1.05 * prototype
+        is_long = is_like and prototype is not None and row.loop > 1.05 * prototype.instructions
+        # One instruction in a hundred costs less than the smaller tile that would not need it.
+        is_spilled = row.loop_spills > 0.01 * row.loop
+        may_spill = prototype is not None and prototype.spills
         checks = {
-            f"{row.loop_spills} spills in loops": row.loop_spills > 0,
+            f"{row.loop_spills} spills in a hot loop": is_spilled and not may_spill,
             f"{row.shared} bytes of shared memory": row.shared > SHARED_MEMORY[_ARCH],
             "wgmma is serialised": row.serialized,
-            f"{row.loop} instructions in a loop, {prototype} in the prototype": is_long,
+            f"{row.loop} instructions in a hot loop, the prototype has {prototype}": is_long,
         }
         found += [f"{where}: {what}" for what, fails in checks.items() if fails]
     return found

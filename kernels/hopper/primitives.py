@@ -39,9 +39,33 @@ def accumulator(columns: int) -> gl.NVMMADistributedLayout:
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
-def left_operand(columns: int) -> gl.DotOperandLayout:
-    """Layout of the left operand, from registers, of a product with `columns` columns."""
-    return gl.DotOperandLayout(0, accumulator(columns), 2)
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What every kernel is compiled for.
+
+    Attributes:
+        width: columns of all tiles.
+        dtype: of q, k and v.
+        is_causal: whether queries see different keys.
+        group: query heads of a key head.
+        gain_is_tensor: which gains are.
+    """
+
+    width: int
+    dtype: gl.dtype
+    is_causal: bool
+    group: int
+    gain_is_tensor: tuple[bool, ...]
+
+    @property
+    def outputs(self) -> gl.NVMMADistributedLayout:
+        """Layout of a tile of results, [ROWS, width]."""
+        return accumulator(self.width)
+
+    @property
+    def weights(self) -> gl.DotOperandLayout:
+        """Layout of the left operand, from registers, of products with `width` columns."""
+        return gl.DotOperandLayout(0, self.outputs, 2)
 
 
 class Gains(NamedTuple):

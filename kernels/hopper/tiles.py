@@ -66,9 +66,14 @@ _DQ = {
     (128, False): DqTile(3, 64, 2, True),
     (128, True): DqTile(2, 128, 2, False),
 }
-# By width: dk, dv and dq in one kernel.
-_FUSED = {64: DkdvTile(2, 128, 2), 128: DkdvTile(2, 64, 2)}
-_FUSED_3_9 = {128: DkdvTile(2, 64, 2)}
+# By width, and whether there is a causal mask: dk, dv and dq in one kernel.
+_FUSED = {
+    (64, False): DkdvTile(2, 128, 2),
+    (64, True): DkdvTile(2, 128, 2),
+    (128, False): DkdvTile(2, 64, 2),
+    (128, True): DkdvTile(2, 64, 2),
+}
+_FUSED_3_9 = {(128, True): DkdvTile(2, 64, 2)}
 _DQ_3_9 = _DQ | {(128, False): DqTile(2, 128, 2, False)}
 
 
@@ -93,9 +98,9 @@ def dkdv_tile(width: int, is_causal: bool) -> DkdvTile:
     return _DKDV[width, is_causal]
 
 
-def fused_tile(width: int) -> DkdvTile | None:
+def fused_tile(width: int, is_causal: bool) -> DkdvTile | None:
     """Tile of all three gradients in one kernel for one width; None where two kernels do better."""
-    return (_FUSED if triton_release() < (3, 9) else _FUSED_3_9).get(width)
+    return (_FUSED if triton_release() < (3, 9) else _FUSED_3_9).get((width, is_causal))
 
 
 def dq_tile(width: int, is_causal: bool) -> DqTile:

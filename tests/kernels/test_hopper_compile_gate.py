@@ -34,10 +34,12 @@ GOOD_ROW = compile_gate.Row(
     [
         ({}, None),
         ({"spills": 500}, None),
-        ({"loop_spills": 1}, "1 spills in loops"),
+        ({"loop_spills": 4}, None),
+        ({"loop_spills": 5}, "5 spills in a hot loop"),
+        ({"loop_spills": 5, "width": 64, "kernel": "fused"}, None),
         ({"serialized": True}, "wgmma is serialised"),
         ({"shared": 300_000}, "300000 bytes of shared memory"),
-        ({"loop": 510}, "510 instructions in a loop, 477 in the prototype"),
+        ({"loop": 510}, "510 instructions in a hot loop"),
         ({"loop": 510, "terms": "learned"}, None),
     ],
     ids=str,
@@ -53,7 +55,7 @@ def test_cases_reach_every_tile():
     for width in tiles.WIDTHS:
         for is_causal in (True, False):
             assert (width, is_causal, True) in reached
-            assert (width, is_causal, False) in reached or tiles.fused_tile(width) is None
+            assert (width, is_causal, False) in reached
 
 
 @pytest.mark.slow
@@ -78,9 +80,11 @@ def test_all_kernels_compile_and_the_table_is_current(tmp_path):
     with path.open(newline="") as new, committed.open(newline="") as old:
         for row, expected in zip(csv.DictReader(new), csv.DictReader(old), strict=True):
             # The order in which LLVM puts instructions varies between runs: a few more or fewer.
-            loop, spills = (
-                (int(row.pop(name)), int(expected.pop(name))) for name in ("loop", "spills")
+            loop, spills, loop_spills = (
+                (int(row.pop(name)), int(expected.pop(name)))
+                for name in ("loop", "spills", "loop_spills")
             )
             assert row == expected
+            assert abs(loop_spills[0] - loop_spills[1]) <= 8, expected
             assert abs(loop[0] - loop[1]) <= 0.05 * loop[1], expected
             assert min(spills) > 0 or max(spills) <= 200, expected
