@@ -13,6 +13,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .sde.sample import CovarianceSample
 
 IMPLS = ("triton", "torch", "reference")
+FAMILIES = ("auto", "portable", "hopper")  # those of kernels.families, which imports Triton
 INTERRUPTED = 130
 
 _MOST_ROWS = 21  # of a comparison: what 6 tokens have
@@ -101,7 +103,24 @@ def env(as_json: bool) -> None:
     type=click.IntRange(min=16),
     help="Sequence length.  [default: 512; 128 under Triton's interpreter]",
 )
-@click.option("--quick", is_flag=True, help="Four logit scales, and inputs without mean or sink.")
+@click.option("--quick", is_flag=True, help="Fewer logit scales; inputs without mean or sink.")
+@click.option(
+    "--family",
+    type=click.Choice(FAMILIES),
+    default="auto",
+    envvar="SHAPED_ATTN_FAMILY",
+    show_default=True,
+    show_envvar=True,
+    help="Family of kernels; hopper is checked in calls of every kind that it takes.",
+)
+@click.option(
+    "--watchdog",
+    "limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds without a result after which kernels on a GPU hang.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
@@ -111,25 +130,48 @@ def check(
     device: str | None,
     length: int | None,
     quick: bool,
+    family: str,
+    limit: float,
     seed: int,
     as_json: bool,
 ) -> None:
     """Measure relative errors against float64, and compare them with their budgets.
 
     Each quantity has the error of shaped_attn and, below it, that of composing torch's softmax
-    attention with a mean in the same dtype. The exit code is 1 if an error exceeds its budget.
+    attention with a mean in the same dtype. The exit code is 1 if an error exceeds its budget, or
+    if a kernel hangs.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from . import fidelity
+    from . import fidelity, watchdog
 
     torch_device = _resolve_device(device)
+    if family == "hopper":
+        impls = impls or ("triton",)
+        if set(impls) != {"triton"}:
+            raise click.UsageError(
+                f"--family hopper must have --impl triton alone, got {', '.join(impls)}; drop one"
+            )
     impls = impls or _default_impls(torch_device)
     _prepare_kernels(impls, torch_device)
-    options: dict[str, Any] = {"device": torch_device, "length": length, "seed": seed}
-    if quick:
-        options.update(logit_stds=fidelity.QUICK_LOGIT_STDS, regimes=("plain",))
+    options: dict[str, Any] = {"device": torch_device, "seed": seed, "family": family}
+    if "triton" in impls:
+        with usage_errors():
+            fidelity.check_family(family, torch_device)
+    measure: Callable[..., FidelityReport] = fidelity.measure
+    if family == "hopper":
+        measure = fidelity.measure_calls
+        calls = fidelity.hopper_calls() if length is None else fidelity.hopper_calls(length)
+        options["calls"] = calls
+        if quick:
+            options["logit_stds"] = fidelity.QUICK_CALL_LOGIT_STDS
+    else:
+        options |= {"impls": impls, "length": length}
+        if quick:
+            options |= {"logit_stds": fidelity.QUICK_LOGIT_STDS, "regimes": ("plain",)}
+    if _may_hang(impls, torch_device):
+        options["run"] = partial(watchdog.run, processes=_processes(), limit=limit)
     with Progress(
         TextColumn("measuring"),
         BarColumn(),
@@ -138,16 +180,25 @@ def check(
         transient=True,
     ) as progress:
         task = progress.add_task("measuring", total=None)
-        report = fidelity.measure(
-            impls,
-            **options,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        try:
+            report = measure(
+                **options,
+                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        except watchdog.HangError as error:
+            beside = f" (beside it ran: {'; '.join(error.beside)})" if error.beside else ""
+            raise click.ClickException(
+                f"no report in {error.seconds:g} s from: {error.late}{beside}. Its kernel hangs, "
+                "or takes longer to compile, for which there is --watchdog. To do without the "
+                "kernels for Hopper, set the environment variable SHAPED_ATTN_FAMILY=portable."
+            ) from error
+        except watchdog.JobError as error:
+            raise click.ClickException(str(error)) from error
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=1))
     else:
         console = Console(highlight=False)
-        console.print(_LEGEND)
+        console.print(_CALLS_LEGEND if family == "hopper" else _LEGEND)
         for table in fidelity.tables(report):
             console.print(_render(table, torch_device))
         _print_summary(report, console)
@@ -605,10 +656,26 @@ def _prepare_kernels(impls: tuple[str, ...], device: torch.device) -> None:
         raise click.UsageError(f"--impl triton cannot run here: {kernels['reason']}")
 
 
+def _may_hang(impls: tuple[str, ...], device: torch.device) -> bool:
+    """Whether kernels run that no signal interrupts."""
+    return "triton" in impls and device.type != "cpu"
+
+
+def _processes() -> int:
+    """How many processes compile kernels side by side and share the GPU."""
+    return min(8, os.cpu_count() or 1)
+
+
 _LEGEND = (
     "Relative error against float64 by standard deviation of the logits; below it, dim, that of\n"
     "composing torch's softmax attention and a mean in the same dtype. Last column: share of the\n"
     "error budget. Causal; the inputs are plain, have a mean, or a key that draws all weight."
+)
+
+_CALLS_LEGEND = (
+    "Relative error against float64 by standard deviation of the logits; below it, dim, that of\n"
+    "eager torch in the same dtype. Last column: share of the error budget. Bits repeated: how\n"
+    "many results were not equal bit for bit when the call was made again."
 )
 
 
@@ -623,8 +690,10 @@ def _render(table: Table, device: torch.device, quantities: tuple[str, ...] | No
     from . import fidelity
 
     where = "interpreter" if table.impl == "triton" and device.type == "cpu" else device
+    kernels = "" if table.family is None else f", {table.family} kernels"
     drawn = RichTable(
-        title=f"\n{table.impl} ({where}), {table.dtype}, T = {table.length}, {table.regime}",
+        title=f"\n{table.impl} ({where}), {table.dtype}, T = {table.length}, {table.regime}"
+        + kernels,
         title_justify="left",
         title_style="bold",
         box=None,
@@ -641,15 +710,16 @@ def _render(table: Table, device: torch.device, quantities: tuple[str, ...] | No
             Text(fidelity.format_error(m.error), style="" if m.is_within else "bold red")
             for m in row
         ]
-        used = max(m.error / m.budget for m in row)
+        used = max(m.used for m in row)
         is_within = all(m.is_within for m in row)
         drawn.add_row(
             fidelity.label(quantity),
             *errors,
             Text(f"{used:.0%}", style="green" if is_within else "bold red"),
         )
-        composed = (fidelity.format_error(m.composed_error) for m in row)
-        drawn.add_row("  composed", *composed, "", style="dim")
+        composed = [m.composed_error for m in row if m.composed_error is not None]
+        if composed:
+            drawn.add_row("  composed", *map(fidelity.format_error, composed), "", style="dim")
     return drawn
 
 

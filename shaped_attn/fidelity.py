@@ -3,14 +3,17 @@
 Beside every error stands that of a composition of torch's own operators in the same dtype: softmax
 attention, minus a mean, plus the other terms. At small logits softmax is close to uniform, and the
 difference of two rounded outputs is mostly rounding; that column shows what centring costs without
-the excess form.
+the excess form. `measure` does this for inputs that strain an implementation, `measure_calls` for
+calls of all kinds that a family of kernels takes, at real sizes, beside eager torch.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from . import testing
 from .functional import shaped_attention
+from .watchdog import Job, in_turn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOGIT_STDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -55,7 +59,10 @@ _GAINS = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One cell of the table: ||x - x64|| / ||x64|| of one quantity, and what it may be."""
+    """One cell of the table: ||x - x64|| / ||x64|| of one quantity, and what it may be.
+
+    composed_error is None where nothing is composed, family where no kernels ran.
+    """
 
     impl: str
     regime: str
@@ -64,13 +71,21 @@ class Measurement:
     logit_std: float
     quantity: str
     error: float
-    composed_error: float
+    composed_error: float | None
     budget: float
+    family: str | None
 
     @property
     def is_within(self) -> bool:
         """Whether the error is within its budget; NaN is not."""
         return self.error <= self.budget
+
+    @property
+    def used(self) -> float:
+        """Share of the budget that the error takes up."""
+        if self.error == 0.0:
+            return 0.0
+        return self.error / self.budget if self.budget > 0.0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,7 @@ class Table:
     dtype: str
     regime: str
     length: int
+    family: str | None
     logit_stds: tuple[float, ...]
     rows: tuple[tuple[str, tuple[Measurement, ...]], ...]
 
@@ -123,7 +139,8 @@ def tables(report: FidelityReport) -> list[Table]:
             (quantity, tuple(m for m in group if m.quantity == quantity))
             for quantity in dict.fromkeys(m.quantity for m in group)
         )
-        result.append(Table(impl, dtype, regime, group[0].length, logit_stds, rows))
+        length, family = group[0].length, group[0].family
+        result.append(Table(impl, dtype, regime, length, family, logit_stds, rows))
     return result
 
 
@@ -162,7 +179,9 @@ def measure(
     heads: int = 2,
     head_dim: int = 64,
     seed: int = 0,
+    family: str | None = None,
     attention: Callable[..., Tensor] = shaped_attention,
+    run: Callable[[Sequence[Job]], Iterable[Any]] = in_turn,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FidelityReport:
     """Measure the fidelity of implementations: causal, one batch entry, T = S = ``length``.
@@ -180,7 +199,10 @@ def measure(
         heads: number of heads.
         head_dim: D = Dv.
         seed: of the inputs.
+        family: of kernels, for "triton", as in `shaped_attn.kernels.use_family`. Default: the one
+            in force.
         attention: the function under test, with the signature of ``shaped_attention``.
+        run: makes the measurements, `shaped_attn.watchdog.run` in processes of their own.
         on_progress: called with (done, total) after every set of inputs.
 
     Raises:
@@ -199,45 +221,323 @@ def measure(
         )
     if "triton" in impls:
         _check_kernels_run()
-    start = time.perf_counter()
-    points = [
-        (impl, dtype, regime, logit_std)
-        for impl in impls
-        for dtype in dtypes
-        for regime in regimes
-        for logit_std in logit_stds
-    ]
-    found: list[Measurement] = []
-    for done, (impl, dtype, regime, logit_std) in enumerate(points, 1):
-        size = default_length(impl, device) if length is None else length
-        case = testing.Case(
-            batch=1,
-            heads=heads,
-            queries=size,
-            head_dim=head_dim,
-            dtype=DTYPES[dtype],
-            is_causal=True,
-            residual_dtype=DTYPES[dtype],
-        )
-        inputs = testing.make_inputs(case, logit_std=logit_std, seed=seed, **REGIMES[regime])
-        problem = _Problem(inputs, case.scale, device, seed)
-        rows = [(CENTRED, *problem.centred_errors(attention, impl, dtype))]
-        if regime == "plain":
-            rows.extend(problem.gradient_errors(attention, impl))
-        found.extend(
-            Measurement(impl, regime, dtype, size, logit_std, *row)
-            for row in rows  # quantity, error, composed_error, budget
-        )
-        if on_progress is not None:
-            on_progress(done, len(points))
     settings = {
         "device": str(device),
         "heads": heads,
         "head_dim": head_dim,
         "is_causal": True,
         "seed": seed,
+        "family": family,
     }
+    points = itertools.product(impls, dtypes, regimes, logit_stds)
+    jobs = [
+        Job(
+            f"{impl} {dtype} {regime}, logit std {logit_std:g}",
+            _measure_point,
+            {
+                "point": (impl, dtype, regime, logit_std),
+                "size": default_length(impl, device) if length is None else length,
+                "heads": heads,
+                "head_dim": head_dim,
+                "device": device,
+                "seed": seed,
+                "family": family,
+                "attention": attention,
+            },
+        )
+        for impl, dtype, regime, logit_std in points
+    ]
+    return _report(jobs, settings, run, on_progress)
+
+
+def _report(
+    jobs: Sequence[Job],
+    settings: dict[str, Any],
+    run: Callable[[Sequence[Job]], Iterable[Any]],
+    on_progress: Callable[[int, int], None] | None,
+) -> FidelityReport:
+    """Make the measurements of all jobs."""
+    start = time.perf_counter()
+    found: list[Measurement] = []
+    for done, measurements in enumerate(run(jobs), 1):
+        found.extend(measurements)
+        if on_progress is not None:
+            on_progress(done, len(jobs))
     return FidelityReport(tuple(found), settings, time.perf_counter() - start)
+
+
+def _measure_point(
+    point: tuple[str, str, str, float],
+    *,
+    size: int,
+    heads: int,
+    head_dim: int,
+    device: torch.device,
+    seed: int,
+    family: str | None,
+    attention: Callable[..., Tensor],
+) -> list[Measurement]:
+    """Measure one implementation with one set of inputs."""
+    impl, dtype, regime, logit_std = point
+    case = testing.Case(
+        batch=1,
+        heads=heads,
+        queries=size,
+        head_dim=head_dim,
+        dtype=DTYPES[dtype],
+        is_causal=True,
+        residual_dtype=DTYPES[dtype],
+    )
+    inputs = testing.make_inputs(case, logit_std=logit_std, seed=seed, **REGIMES[regime])
+    with _kernels_of(family) if impl == "triton" else nullcontext([]) as families:
+        problem = _Problem(inputs, case.scale, device, seed)
+        rows = [(CENTRED, *problem.centred_errors(attention, impl, dtype))]
+        if regime == "plain":
+            rows.extend(problem.gradient_errors(attention, impl))
+    ran = " and ".join(sorted(families)) or None
+    return [
+        Measurement(impl, regime, dtype, size, logit_std, *row, ran)
+        for row in rows  # quantity, error, composed_error, budget
+    ]
+
+
+@contextmanager
+def _kernels_of(family: str | None) -> Iterator[set[str]]:
+    """Let a family, or the one in force, run the kernels; yields the names of those that do."""
+    from .kernels import use_family
+
+    chosen = nullcontext() if family is None else use_family(family)
+    with chosen, testing.record_families() as families:
+        yield families
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A call that a family of kernels takes.
+
+    terms: "learned", all terms with a gain of either sign for each head; "plain", softmax attention
+    alone; "centred", softmax minus mean, the output then being the centred term.
+    """
+
+    case: testing.Case
+    terms: str = "learned"
+    deterministic: bool = True
+
+    @property
+    def id(self) -> str:
+        """Name of the call."""
+        order = "" if self.deterministic else ", sums in any order"
+        return f"{self.terms} {self.case.id}{order}"
+
+
+def hopper_calls(length: int = 2531) -> tuple[KernelCall, ...]:
+    """What the check of the Hopper kernels calls, for about as many queries and keys as `length`.
+
+    Every width, dtype and mask; key ranges, offsets, grouped heads and residuals spread over them.
+    """
+    bf16, fp16, fp32 = (DTYPES[name] for name in ("bf16", "fp16", "fp32"))
+    more, fewer = length + length // 7, length - length // 7
+
+    def call(
+        head_dim: int,
+        dtype: torch.dtype,
+        is_causal: bool,
+        terms: str = "learned",
+        deterministic: bool = True,
+        **changes: Any,
+    ) -> KernelCall:
+        sizes = {"batch": 1, "heads": 2, "queries": length} | changes
+        case = testing.Case(head_dim=head_dim, dtype=dtype, is_causal=is_causal, **sizes)
+        return KernelCall(case, terms, deterministic)
+
+    both, grouped = {"batch": 3, "padding": "both"}, {"heads": 4, "kv_heads": 2}
+    return (
+        call(64, bf16, True, residual_dtype=bf16),
+        call(128, bf16, False, "plain", False, batch=2, padding="right"),
+        call(128, fp16, True, residual_dtype=fp32, **grouped),
+        call(64, fp16, False, "centred", keys=more),
+        call(96, bf16, True, "centred", batch=2, padding="left"),
+        call(64, bf16, False, residual_dtype=fp32, **both),
+        call(128, bf16, True, "learned", False, residual_dtype=bf16),
+        call(64, fp16, True, "plain", keys=more, q_offset=length // 7, **grouped),
+        call(128, fp16, False, "centred", False, residual_dtype=fp16),
+        call(96, fp16, False, residual_dtype=fp16),
+        call(64, bf16, True, "plain", False, keys=fewer, q_offset=-length // 7),
+        call(128, bf16, True, "centred", value_dim=64, keys=more, **grouped),
+    )
+
+
+CALL_LOGIT_STDS = (0.03, 1.0, 8.0, 300.0)
+QUICK_CALL_LOGIT_STDS = (1.0, 300.0)
+REPEATS = "bits repeated"
+_REPETITIONS = 3
+
+
+def measure_calls(
+    calls: Sequence[KernelCall],
+    *,
+    device: torch.device | str,
+    logit_stds: Sequence[float] = CALL_LOGIT_STDS,
+    seed: int = 0,
+    family: str | None = None,
+    attention: Callable[..., Tensor] = shaped_attention,
+    run: Callable[[Sequence[Job]], Iterable[Any]] = in_turn,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> FidelityReport:
+    """Measure the fidelity of the kernels in calls: output, lse, all gradients, and repetitions.
+
+    The composition beside them is `testing.eager_attention`, in the dtype of the call. Two calls
+    alike must give equal bits, unless sums may be in any order.
+
+    Args:
+        calls: what to call.
+        device: where to run.
+        logit_stds: standard deviations of scale q.k.
+        seed: of the inputs.
+        family: of kernels, as in `shaped_attn.kernels.use_family`. Default: the one in force.
+        attention: the function under test, with the signature of ``shaped_attention``.
+        run: makes the measurements, `shaped_attn.watchdog.run` in processes of their own.
+        on_progress: called with (done, total) after every call.
+
+    Raises:
+        RuntimeError: the kernels cannot run here.
+    """
+    _check_kernels_run()
+    jobs = [
+        Job(
+            f"{call.id}, logit std {logit_std:g}",
+            _measure_call,
+            {
+                "call": call,
+                "logit_std": logit_std,
+                "device": torch.device(device),
+                "seed": seed,
+                "family": family,
+                "attention": attention,
+            },
+        )
+        # Side by side in processes, calls of different kinds are compiled.
+        for logit_std in logit_stds
+        for call in calls
+    ]
+    settings = {"device": str(device), "seed": seed, "family": family}
+    return _report(jobs, settings, run, on_progress)
+
+
+def check_family(family: str, device: torch.device | str) -> None:
+    """Refuse a family of kernels that cannot run calls on a device.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from .kernels import families, launch
+
+    arch = launch.architecture(torch.empty(0, device=device))
+    sizes: dict[str, Any] = {"head_dim": 64, "value_dim": 64, "rows": 1, "group": 1}
+    ran = families.pick_family(
+        arch,
+        torch.bfloat16,
+        **sizes,
+        weighed_by=None,
+        fits_tma=True,
+        release=families.triton_release(),
+        choice=family,
+    )
+    if family == "hopper" and ran != family:  # with a warning that says which
+        raise ValueError("the family of kernels 'hopper' needs another release of Triton")
+
+
+def _measure_call(
+    call: KernelCall,
+    logit_std: float,
+    *,
+    device: torch.device,
+    seed: int,
+    family: str | None,
+    attention: Callable[..., Tensor],
+) -> list[Measurement]:
+    """Measure one call with one set of inputs."""
+    case, dtype = call.case, call.case.dtype
+    scale = case.head_dim**-0.5
+    inputs = testing.make_inputs(
+        case, logit_std=logit_std, scale=scale, seed=seed, device=device
+    )._asdict()
+    generator = torch.Generator().manual_seed(seed + 1)
+    options = {**testing.make_options(case, device=device), "return_lse": True}
+    options |= {"identity_gain": 0.0, "scale": scale}
+    if call.terms == "learned":
+        if case.has_own_keys:
+            del options["identity_gain"]
+        del options["scale"]
+        for name, size in {**_GAINS, "scale": scale}.items():
+            if name not in options and (name != "skip_gain" or case.residual_dtype is not None):
+                # Of either sign and of about one size.
+                sign = torch.randint(2, (case.heads,), generator=generator) * 2 - 1
+                gain = size * sign * (1 + 0.2 * torch.rand(case.heads, generator=generator))
+                inputs[name] = gain.to(device)
+    elif call.terms == "plain":
+        options["center_gain"] = 0.0
+    rows = (case.batch, case.heads, case.queries)
+    d_out = torch.randn(*rows, case.value_dim, generator=generator).to(dtype).to(device)
+    d_lse = torch.randn(rows, generator=generator).to(device)
+
+    def differentiate(function: Callable, tensors: dict[str, Tensor], **others: Any) -> dict:
+        return testing.forward_backward(function, tensors, d_out, d_lse, **options, **others)
+
+    deterministic = {} if call.deterministic else {"deterministic": False}
+    with _kernels_of(family) as families, testing.poison_empty():
+        actual, *again = (
+            differentiate(attention, inputs, impl="triton", **deterministic)
+            for _ in range(_REPETITIONS)
+        )
+    exact = {name: None if x is None else x.double() for name, x in inputs.items()}
+    golden, spread = testing.rounding_spread(
+        lambda: differentiate(shaped_attention, exact, impl="reference"), dtype
+    )
+    eager = differentiate(testing.eager_attention, inputs)
+    ran = " and ".join(sorted(families))
+    dtype_name = next(name for name, x in DTYPES.items() if x == dtype)
+    measured = []
+
+    def add(quantity: str, error: float, composed: float | None, budget: float) -> None:
+        values = (quantity, error, composed, budget, ran)
+        measured.append(
+            Measurement("triton", call.id, dtype_name, case.queries, logit_std, *values)
+        )
+
+    for name, right in golden.items():
+        quantity = OUTPUT if name == "out" else name
+        if name.removeprefix("grad ") in GAIN_NAMES:
+            error, composed = (testing.relative_error(x[name], right) for x in (actual, eager))
+            budget = testing.SPREADS * (spread[name].norm() / right.norm()).item()
+            add(quantity, error, composed, budget)
+            continue
+        error, composed = (_error(x[name], right) for x in (actual, eager))
+        if name == "out" and call.terms == "centred" and case.residual_dtype is None:
+            add(CENTRED, error, composed, CENTRED_BUDGET[dtype_name])
+            continue
+        # One rounding of the result; a gradient's product has a factor that is rounded too.
+        rounding = testing.rounding_error(actual[name].dtype)
+        rounding *= 2 if name.startswith("grad") else 1
+        rounding += 8 * testing.rounding_error(torch.float32)
+        add(quantity, error, composed, 2 * composed + rounding)
+    varying = () if call.deterministic else ("grad q", "grad scale")
+    changed = sum(
+        not torch.equal(x, other[name])
+        for other in again
+        for name, x in actual.items()
+        if name not in varying
+    )
+    add(REPEATS, float(changed), None, 0.0)
+    return measured
+
+
+def _error(actual: Tensor, golden: Tensor) -> float:
+    """Relative error of the finite elements; infinite where others differ."""
+    finite = golden.isfinite()
+    if not torch.equal(actual[~finite].to(golden), golden[~finite]):
+        return math.inf
+    return testing.relative_error(actual[finite], golden[finite])
 
 
 def _check_names(name: str, values: Sequence[str], known) -> None:

@@ -520,3 +520,21 @@ def poison_empty() -> Iterator[None]:
         mock.patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
     ):
         yield
+
+
+@contextmanager
+def record_families() -> Iterator[set[str]]:
+    """Yield a set that receives the name of the family of kernels that runs each call inside."""
+    from .kernels import attention, launch
+
+    found: set[str] = set()
+    pick = attention.pick_family
+
+    def record(*args: Any, **kwargs: Any) -> str:
+        name = pick(*args, **kwargs)
+        found.add(name)
+        return name
+
+    launch.forget_plans()  # which are picked once for all calls of a signature
+    with mock.patch.object(attention, "pick_family", record):
+        yield found

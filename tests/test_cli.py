@@ -85,9 +85,52 @@ def test_check_fails_for_a_wrong_implementation(monkeypatch):
     assert "torch bf16 plain, logit std 0.01, centred term" in result.stdout
 
 
+def test_check_names_the_family_that_ran(device):
+    options = {"device": device, "length": 16, "logit_stds": (1.0,), "regimes": ("sink key",)}
+    report = fidelity.measure(["triton"], dtypes=["fp32"], family="portable", **options)
+    assert {row["family"] for row in report.to_dict()["measurements"]} == {"portable"}
+    assert report.settings["family"] == "portable"
+    (table,) = fidelity.tables(report)
+    assert cli._render(table, device).title.endswith("fp32, T = 16, sink key, portable kernels")
+
+
+def test_hopper_kernels_are_refused_before_any_work_where_there_is_no_hopper(device, monkeypatch):
+    if device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+        pytest.skip("this is one")
+    monkeypatch.setattr(fidelity, "measure_calls", None)
+    result = invoke("check", "--family", "hopper")
+    assert result.exit_code == 2, result.output
+    assert "'hopper' needs a GPU of compute capability 9.0" in " ".join(result.stderr.split())
+    result = CliRunner(env={"SHAPED_ATTN_FAMILY": "hopper"}).invoke(cli.cli, ["check"])
+    assert result.exit_code == 2, result.output
+
+
+def test_a_kernel_that_hangs_does_not_hang_the_check(monkeypatch, tmp_path):
+    (tmp_path / "broken_kernels.py").write_text(
+        "import time\n"
+        "def raises(**options):\n    raise RuntimeError('an illegal memory access')\n"
+        "def never_ends(**options):\n    time.sleep(1000)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import broken_kernels
+
+    monkeypatch.setattr(cli, "_may_hang", lambda *_: True)
+    monkeypatch.setattr(cli, "_processes", lambda: 1)
+    for name, message in (("raises", "illegal memory access"), ("never_ends", "no report in 2 s")):
+        monkeypatch.setattr(fidelity, "_measure_point", getattr(broken_kernels, name))
+        result = invoke("check", "--impl", "torch", "--quick", "--watchdog", "2")
+        assert result.exit_code == 1, result.output
+        for part in (message, "torch bf16 plain, logit std 0.01"):
+            assert part in result.stderr
+    assert "set the environment variable SHAPED_ATTN_FAMILY=portable" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (("check", "--family", "fast"), "'fast' is not one of"),
+        (("check", "--family", "hopper", "--impl", "torch"), "must have --impl triton alone"),
+        (("check", "--watchdog", "0"), "--watchdog"),
         (("check", "--impl", "cublas"), "'cublas' is not one of"),
         (("check", "--device", "abacus"), "'abacus' is not a device of this machine"),
         (("check", "--length", "15"), "--length"),

@@ -1,11 +1,12 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from shaped_attn import fidelity, shaped_attention
+from shaped_attn import fidelity, shaped_attention, watchdog
 from shaped_attn.testing import Case, make_inputs, relative_error
 
 
@@ -150,6 +151,16 @@ def test_progress_counts_to_the_end(small):
         **small,
     )
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_measurements_in_processes_are_the_same(small):
+    options = {"dtypes": ["fp32", "bf16"], "logit_stds": (1.0,), "regimes": ["sink key"], **small}
+    here = fidelity.measure(["torch"], **options)
+    run = partial(watchdog.run, processes=2, limit=300)
+    watched = fidelity.measure(["torch"], run=run, **options)
+    for a, b in zip(here.measurements, watched.measurements, strict=True):
+        assert (a.dtype, a.regime, a.logit_std) == (b.dtype, b.regime, b.logit_std)
+        assert a.error == pytest.approx(b.error, rel=0.1)  # sums over other numbers of threads
 
 
 @pytest.mark.parametrize(
