@@ -1,13 +1,10 @@
-"""The backward on Hopper, in the emulator, against float64: numbers, schedules, launches."""
+"""The Hopper backward against float64: on a Hopper GPU, or in the emulator of Gluon kernels."""
 
 import dataclasses
 import math
 
 import pytest
 import torch
-from gluon_emulator import emulated
-from gluon_mutants import mutants
-from gluon_schedule import EmulationError
 
 from shaped_attn.kernels.attention import (
     AttentionGradients,
@@ -16,10 +13,12 @@ from shaped_attn.kernels.attention import (
     attention_bwd,
     attention_fwd,
 )
+from shaped_attn.kernels.families import use_family
 from shaped_attn.kernels.hopper import tiles
 from shaped_attn.kernels.hopper.attention_bwd import BackwardPlan
 from shaped_attn.kernels.hopper.bwd_dkdv import attention_bwd_dkdv_kernel
 from shaped_attn.kernels.hopper.bwd_dq import attention_bwd_dq_kernel
+from shaped_attn.kernels.launch import assume_architecture
 from shaped_attn.testing import rounding_error
 from shaped_attn.visibility import Visibility
 
@@ -221,17 +220,34 @@ def exact(call: Call, d_out: torch.Tensor, d_lse: torch.Tensor):
     }
 
 
-def launched(call, d_out, terms, seed=0, without=(), is_deterministic=True):
+def moved(x, device):
+    """Tensors and tuples of them on a device."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    if isinstance(x, tuple):
+        parts = [moved(part, device) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x
+
+
+@pytest.fixture
+def launched(hopper, device):
     """Gradients of the Hopper kernels from exact row terms, `without` some of the launches."""
-    plan = BackwardPlan(call, d_out, Needs(scale=True), is_deterministic)
-    plan.preprocess = lambda *_: (terms, None, None)
-    for name in without:
-        setattr(plan, name, lambda *_: None)
-    gradients = AttentionGradients(
-        *(torch.empty(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v)), None
-    )
-    with emulated(seed=seed, interleave=2):
-        return plan(call, None, d_out, None, gradients)
+
+    def launch(call, d_out, terms, seed=0, without=(), is_deterministic=True):
+        call, d_out, terms = moved((call, d_out, terms), device)
+        plan = BackwardPlan(call, d_out, Needs(scale=True), is_deterministic)
+        plan.preprocess = lambda *_: (terms, None, None)
+        for name in without:
+            setattr(plan, name, lambda *_: None)
+        gradients = AttentionGradients(
+            *(torch.empty(x.shape, dtype=x.dtype, device=device) for x in (call.q, call.k, call.v)),
+            None,
+        )
+        with hopper(seed=seed, interleave=2):
+            return moved(plan(call, None, d_out, None, gradients), "cpu")
+
+    return launch
 
 
 def too_far(actual: AttentionGradients, expected: dict) -> dict[str, float]:
@@ -244,7 +260,7 @@ def too_far(actual: AttentionGradients, expected: dict) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients(name):
+def test_gradients(name, launched):
     call, d_out, d_lse = drawn(CASES[name])
     terms, expected = exact(call, d_out, d_lse)
     assert not too_far(launched(call, d_out, terms), expected)
@@ -252,7 +268,7 @@ def test_gradients(name):
 
 @fused
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_of_the_fused_kernel(name):
+def test_gradients_of_the_fused_kernel(name, launched):
     call, d_out, d_lse = drawn(CASES[name])
     terms, expected = exact(call, d_out, d_lse)
     assert not too_far(launched(call, d_out, terms, is_deterministic=False), expected)
@@ -271,7 +287,7 @@ def test_fused_where_the_scales_of_a_group_allow():
         assert not BackwardPlan(call, d_out, needs).is_fused
 
 
-def test_equal_bits_under_every_schedule():
+def test_equal_bits_under_every_schedule(launched):
     call, d_out, d_lse = drawn(CASES["group of two"])
     terms, _ = exact(call, d_out, d_lse)
     first, *others = (launched(call, d_out, terms, seed) for seed in range(4))
@@ -290,7 +306,11 @@ FUSED_ALONE = ("_meet", "_start_dq", "_add_dq", "dq, dv", "_effect")
 @fused
 @pytest.mark.parametrize("width", [64, 128], ids="{} columns".format)
 @pytest.mark.parametrize("name", ["dkdv", "dq", "fused"])
-def test_every_synchronisation_counts(name, width):
+@pytest.mark.interpreter
+def test_every_synchronisation_counts(name, width, launched):
+    from gluon_mutants import mutants
+    from gluon_schedule import EmulationError
+
     kernel, without, case, gradients = {
         "dkdv": (attention_bwd_dkdv_kernel, ("dq",), Case(400, 200, q_offset=0), "kv"),
         "dq": (attention_bwd_dq_kernel, ("dkdv",), Case(200, 450), ("q", "scale")),
@@ -321,29 +341,32 @@ def test_every_synchronisation_counts(name, width):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_whole_backward(dtype):
+def test_the_whole_backward(dtype, hopper, device):
     """Behind the portable forward and first launch: every gradient as the portable family's."""
     gains = (0.5, (1.1, -0.7), 0.8, 1.0, (0.9, 1.2), (-0.2, 0.1))
     call, d_out, d_lse = drawn(
         Case(40, 70, heads=2, dtype=dtype, gains=gains, d_out_dtype=torch.float32)
     )
     call = call._replace(residual=torch.randn(d_out.shape))
+    _, expected = exact(call, d_out, d_lse)
+    call, d_out, d_lse = moved((call, d_out, d_lse), device)
     q, k, v, residual, gains, visibility, _, _ = call
-    saved = attention_fwd(q, k, v, residual, gains, visibility, save_for_backward=True)
     needs = Needs(residual=True, gains=True, scale=True)
-    portable = attention_bwd(
-        d_out, d_lse, q, k, v, residual, gains, visibility, *saved[2:], needs=needs
-    )
+    with use_family("portable"), assume_architecture(90):
+        saved = attention_fwd(q, k, v, residual, gains, visibility, save_for_backward=True)
+        portable = attention_bwd(
+            d_out, d_lse, q, k, v, residual, gains, visibility, *saved[2:], needs=needs
+        )
     gradients = AttentionGradients(*map(torch.empty_like, (q, k, v)), torch.empty_like(d_out))
-    with emulated():
+    with hopper():
         actual = BackwardPlan(call, d_out, needs)(
             call, saved._replace(center=None), d_out, d_lse, gradients
         )
     # The sums of the first launch are the same.
     assert torch.equal(actual.residual, portable.residual)
     assert torch.equal(actual.gains, portable.gains)
-    _, expected = exact(call, d_out, d_lse)
     expected = {
-        name: (getattr(portable, name).double(), 2 * bound) for name, (_, bound) in expected.items()
+        name: (getattr(portable, name).double(), 2 * bound.to(device))
+        for name, (_, bound) in expected.items()
     }
     assert not too_far(actual, expected)
