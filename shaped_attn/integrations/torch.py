@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from ..arguments import Gain
 from ..functional import shaped_attention
@@ -25,14 +27,18 @@ from ..nn.checks import check_choice, check_number
 from ..validation import IMPLEMENTATIONS, fail
 
 _SCALES = ("width", "standard")
-# What torch runs in place of the two functions above where no gradient is needed. Under a mode it
-# takes the other way by itself; a call from elsewhere must not pass unnoticed.
+_REPLACED = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+# What torch runs in place of these where no gradient is needed. Under a mode it takes the other way
+# by itself; a call from elsewhere must not pass unnoticed.
 _FUSED = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
 
+# Where torch has modules that attend.
+_ATTENDING_MODULES = (nn.MultiheadAttention.__module__, nn.Transformer.__module__)
+
 # Methods of Tensor in Python, which Dynamo traces as methods and not as functions.
-_TENSOR_METHODS = {
-    method: name for name, method in vars(Tensor).items() if isinstance(method, types.FunctionType)
-}
+_TENSOR_METHODS = frozenset(
+    name for name, method in vars(Tensor).items() if isinstance(method, types.FunctionType)
+)
 
 
 class ReplacedSdpa:
@@ -104,9 +110,8 @@ def replace_sdpa(
     not the same tensor. Cross-attention with T = S by ``F.scaled_dot_product_attention`` itself
     cannot be told from self-attention: replace the modules with self-attention alone.
 
-    Only ``forward`` counts: calls of the module's other methods, and recomputation in the backward
-    of a plain function that the module gives to ``torch.utils.checkpoint`` are not replaced. A
-    submodule given to it is.
+    Only calls in a ``forward`` count, of the module or a submodule. A copy of a replaced module is
+    replaced too; to pickle it, undo first. Submodules may be checkpointed, functions are refused.
 
     Args:
         module: any nn.Module, itself not inside of what is replaced already.
@@ -137,16 +142,17 @@ def replace_sdpa(
     """
     if not isinstance(module, nn.Module):
         fail(TypeError, "module", "must be an nn.Module", type(module).__name__, "Pass a model.")
-    attention = _Attention.checked(identity_gain, softmax_gain, center_gain, scale, impl)
+    mode = _Mode(_Attention.checked(identity_gain, softmax_gain, center_gain, scale, impl))
     made: dict[type[nn.Module], type[nn.Module]] = {}
     classes = {}
     for name, part in module.named_modules():
         _check_part(f"module.{name}" if name else "module", part)
         kind = type(part)
-        # Layers of torch itself do not call it, but for those that only MHA calls.
-        if part is module or not kind.__module__.startswith("torch.nn.modules"):
+        # All that may attend, not the module alone: what is checkpointed is computed again in the
+        # backward, outside of the forward of what is above it.
+        if _may_attend(kind):
             if kind not in made:
-                made[kind] = _subclass(kind, attention)
+                made[kind] = _subclass(kind, mode)
             classes[part] = made[kind]
     return ReplacedSdpa(module, classes)
 
@@ -176,16 +182,23 @@ def replacing_sdpa(
         fail(TypeError, "kind", "must be a class of nn.Module", repr(kind), "Pass a class.")
     if issubclass(kind, _Replacing):
         fail(ValueError, "kind", "must not be replaced already", kind, "Pass the original class.")
-    attention = _Attention.checked(identity_gain, softmax_gain, center_gain, scale, impl)
-    return _subclass(kind, attention)
+    mode = _Mode(_Attention.checked(identity_gain, softmax_gain, center_gain, scale, impl))
+    return _subclass(kind, mode)
+
+
+def _may_attend(kind: type[nn.Module]) -> bool:
+    if issubclass(kind, torch._dynamo.OptimizedModule):
+        return False  # a wrapper, whose inner module does
+    is_plain = kind.__module__.startswith("torch.nn.modules.")
+    return not is_plain or kind.__module__ in _ATTENDING_MODULES
 
 
 class _Replacing:
     """Marks a class that `_subclass` has made."""
 
 
-def _subclass(kind: type[nn.Module], attention: _Attention) -> type[nn.Module]:
-    mode, original = _Mode(attention), kind.forward
+def _subclass(kind: type[nn.Module], mode: _Mode) -> type[nn.Module]:
+    original = kind.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _check_fused("module", self)
@@ -197,7 +210,7 @@ def _subclass(kind: type[nn.Module], attention: _Attention) -> type[nn.Module]:
 
     # Tools such as the wrapping of FSDP find layers by the names of their classes.
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
-    return type(kind.__name__, (_Replacing, kind), names)
+    return types.new_class(kind.__name__, (_Replacing, kind), exec_body=lambda ns: ns.update(names))
 
 
 def _check_part(name: str, part: nn.Module) -> None:
@@ -230,6 +243,24 @@ def _check_fused(name: str, part: nn.Module) -> None:
         )
 
 
+def _check_recomputation() -> None:
+    """Refuse a call that a checkpoint would repeat without the forward that replaces it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if frame.f_globals is globals() and code.co_name == "forward":
+            return
+        if code.co_filename == checkpoint.__code__.co_filename:
+            fail(
+                ValueError,
+                "torch.utils.checkpoint",
+                "must be given a module, where attention is replaced",
+                "a function that calls F.scaled_dot_product_attention",
+                "Checkpoint the module around it, or switch checkpointing off.",
+            )
+        frame = frame.f_back
+
+
 class _Mode(TorchFunctionMode):
     """Changes attention functions where it is active, which is in one thread."""
 
@@ -241,10 +272,14 @@ class _Mode(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self.attention(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            return self.attention.multi_head(*args, **kwargs)
+        if func in _REPLACED:
+            if not torch.compiler.is_compiling():
+                _check_recomputation()
+            # Not what calls itself in turn: the same mode may be there once more.
+            with torch._C.DisableTorchFunction():
+                if func is F.scaled_dot_product_attention:
+                    return self.attention(*args, **kwargs)
+                return self.attention.multi_head(*args, **kwargs)
         if func in _FUSED:
             fail(
                 ValueError,
@@ -253,8 +288,9 @@ class _Mode(TorchFunctionMode):
                 func.__name__,
                 "Use nn.MultiheadAttention or F.scaled_dot_product_attention.",
             )
-        if torch.compiler.is_compiling() and func in _TENSOR_METHODS:
-            return getattr(args[0], _TENSOR_METHODS[func])(*args[1:], **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _TENSOR_METHODS and func is getattr(Tensor, name):
+            return getattr(args[0], name)(*args[1:], **kwargs)
         return func(*args, **kwargs)
 
 
@@ -425,6 +461,7 @@ def _multi_head_attention(attention: _Attention) -> Callable:
     del names["__name__"]
     names["scaled_dot_product_attention"] = attention
     names["has_torch_function"] = lambda _: False
+    names["_check_key_padding_mask"] = lambda *_: None  # torch 2.11 cannot compile it here
     made = types.FunctionType(original.__code__, names, original.__name__, original.__defaults__)
     made.__kwdefaults__ = original.__kwdefaults__
     return made

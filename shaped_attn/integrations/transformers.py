@@ -19,7 +19,7 @@ try:
     import transformers
 except ImportError as error:
     raise ImportError(
-        "shaped_attn.integrations.transformers needs transformers 5 or later, got none. "
+        "shaped_attn.integrations.transformers needs transformers 5.4 or later, got none. "
         "Install it with: pip install 'shaped-attn[transformers]'."
     ) from error
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
@@ -314,7 +314,8 @@ def shaped_attention_mask(
     """
     tracing = is_tracing(attention_mask) or is_tracing(q_offset)
     if not tracing:
-        _check_cache(q_length, kv_length, q_offset, kv_offset, allow_is_causal_skip)
+        is_causal = allow_is_causal_skip or mask_function is causal_mask_function
+        _check_cache(q_length, kv_length, q_offset, kv_offset, is_causal)
     is_plain = (allow_is_causal_skip or allow_is_bidirectional_skip) and (
         local_size is None or kv_length < local_size
     )
@@ -763,9 +764,9 @@ def _register() -> None:
         setattr(PreTrainedModel, name, wrap(getattr(PreTrainedModel, name)))
 
 
-if int(transformers.__version__.split(".")[0]) < 5:
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
     raise ImportError(
-        f"shaped_attn.integrations.transformers needs transformers 5 or later, got "
+        f"shaped_attn.integrations.transformers needs transformers 5.4 or later, got "
         f"{transformers.__version__}. Upgrade it with: pip install --upgrade transformers."
     )
 _register()

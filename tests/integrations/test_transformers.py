@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5.4")
 
 from transformers import (  # noqa: E402
     AutoModel,
@@ -473,7 +473,7 @@ def test_parts_of_a_composite_model_keep_their_own_choice(tmp_path):
     want = model(**inputs).logits_per_image
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded(**inputs).logits_per_image, want)
+    assert torch.allclose(loaded(**inputs).logits_per_image, want, atol=1e-5)
     shaped_parts = [n for n, _ in loaded.named_modules() if n.endswith("shaped_gains")]
     assert shaped_parts and all("vision" in name for name in shaped_parts)
 
