@@ -1,6 +1,6 @@
 # `demo` and `test` each make a fresh virtual environment of their own; nothing else is needed.
-# `gpu` uses PYTHON as it is, which must have torch, Triton, pytest, pytest-xdist, pytest-benchmark
-# and hypothesis.
+# `gpu` and `sanitize` use PYTHON as it is, which must have torch and Triton; `gpu` needs pytest,
+# pytest-xdist, pytest-benchmark and hypothesis too.
 # The other targets use the environment that `test` left, and make it if it is not there.
 #
 #   PYTHON=python3.12       the interpreter that makes the environments
@@ -27,7 +27,7 @@ $(1)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt $(2)
 touch $(1)/ready
 endef
 
-.PHONY: help demo test test-all bench gpu lint check compile-table wheel clean
+.PHONY: help demo test test-all bench gpu sanitize lint check compile-table wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -49,6 +49,9 @@ bench: | $(TEST_VENV)/ready  ## time the operator beside its peers, small on a C
 
 gpu:  ## test the operator on this machine's GPU and time it, in 5 minutes; write reports as JSON
 	$(PYTHON) tests/run_on_gpu.py
+
+sanitize:  ## run the Hopper kernels, small, under compute-sanitizer, on a Hopper GPU
+	$(PYTHON) tests/sanitize.py
 
 $(TEST_VENV)/ready:
 	$(call fresh_venv,$(TEST_VENV),-e ".[test]")

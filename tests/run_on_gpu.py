@@ -31,6 +31,11 @@ REQUIRED = ("torch", "triton", "numpy", "pytest", "xdist", "hypothesis", "pytest
 COMPILE_SECONDS, CASE_SECONDS, HOST_COST_SECONDS = 50, 45, 20
 TEST_FILES = (  # what matters most comes first
     "test_attention_kernels.py",
+    "kernels/test_hopper_gpu.py",
+    "kernels/test_hopper_forward.py",
+    "kernels/test_hopper_backward.py",
+    "kernels/test_hopper_calls.py",
+    "kernels/test_hopper_check.py",
     "test_fixed_maximum.py",
     "test_near_identity_priors.py",
     "test_descriptors.py",

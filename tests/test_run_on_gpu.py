@@ -96,7 +96,7 @@ def test_without_a_gpu_it_says_what_it_needs(tmp_path):
 
 
 def test_every_file_it_runs_exists(runner):
-    assert [name for name in runner.TEST_FILES if not SCRIPT.with_name(name).is_file()] == []
+    assert [name for name in runner.TEST_FILES if not (SCRIPT.parent / name).is_file()] == []
 
 
 def test_every_outcome_is_in_the_report(runner, record, tmp_path):
