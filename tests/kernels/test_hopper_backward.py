@@ -99,6 +99,18 @@ CASES = {
     "plain and half": Case(dtype=torch.float16, gains=(0.0, 1.0, 0.0, 1.0, -0.5, 0.2)),
     "half, many keys": Case(20, 700, dtype=torch.float16, is_causal=False),
     "gradient in float32": Case(d_out_dtype=torch.float32, heads=2, key_heads=2),
+    "widest": Case(heads=2, head_dim=256, value_dim=256, key_start=(3,)),
+    "widest and full": Case(70, 130, head_dim=192, value_dim=192, is_causal=False),
+    "widest, plain and negative": Case(
+        head_dim=136, value_dim=256, gains=(0.0, 1.0, 0.0, 1.0, -0.5, 0.2)
+    ),
+    "widest group of two, half": Case(
+        heads=2,
+        head_dim=256,
+        value_dim=160,
+        dtype=torch.float16,
+        gains=((0.5, -0.6), (1.1, 0.0), 0.8, 1.0, 0.9, (-0.2, 0.1)),
+    ),
 }
 
 
@@ -352,8 +364,9 @@ def test_the_whole_backward(dtype, hopper, device):
     call, d_out, d_lse = moved((call, d_out, d_lse), device)
     q, k, v, residual, gains, visibility, _, _ = call
     needs = Needs(residual=True, gains=True, scale=True)
-    with use_family("portable"), assume_architecture(90):
+    with use_family("portable"):
         saved = attention_fwd(q, k, v, residual, gains, visibility, save_for_backward=True)
+    with use_family("portable"), assume_architecture(90):
         portable = attention_bwd(
             d_out, d_lse, q, k, v, residual, gains, visibility, *saved[2:], needs=needs
         )
