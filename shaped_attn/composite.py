@@ -461,7 +461,9 @@ def _sdpa(
         q, k = (F.pad(x, (0, padded - head_dim)) for x in (q, k))
     if value_dim < padded:
         v = F.pad(v, (0, padded - value_dim))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=on_cpu
-    )
+    # The function itself, not what `integrations.torch` makes of it for the module that calls this.
+    with torch._C.DisableTorchFunction():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=on_cpu
+        )
     return out[..., :value_dim] if value_dim < padded else out

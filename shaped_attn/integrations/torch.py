@@ -32,9 +32,6 @@ _REPLACED = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 # by itself; a call from elsewhere must not pass unnoticed.
 _FUSED = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
 
-# Where torch has modules that attend.
-_ATTENDING_MODULES = (nn.MultiheadAttention.__module__, nn.Transformer.__module__)
-
 # Methods of Tensor in Python, which Dynamo traces as methods and not as functions.
 _TENSOR_METHODS = frozenset(
     name for name, method in vars(Tensor).items() if isinstance(method, types.FunctionType)
@@ -128,8 +125,8 @@ def replace_sdpa(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of its range; the module is
-            replaced already, is TorchScript, or has a layer of timm that computes attention by
-            itself. A call in the forward that cannot be shaped raises there: ``need_weights=True``,
+            replaced already, is TorchScript, has nothing that attends, or a layer of timm that
+            computes attention by itself. A call in the forward that cannot be shaped raises there: ``need_weights=True``,
             and the cases above.
 
     Example:
@@ -154,6 +151,14 @@ def replace_sdpa(
             if kind not in made:
                 made[kind] = _subclass(kind, mode)
             classes[part] = made[kind]
+    if not classes:
+        fail(
+            ValueError,
+            "module",
+            "must have a part that can call F.scaled_dot_product_attention",
+            f"a {type(module).__name__} of torch's other layers alone",
+            "Pass the model that has the attention.",
+        )
     return ReplacedSdpa(module, classes)
 
 
@@ -190,7 +195,8 @@ def _may_attend(kind: type[nn.Module]) -> bool:
     if issubclass(kind, torch._dynamo.OptimizedModule):
         return False  # a wrapper, whose inner module does
     is_plain = kind.__module__.startswith("torch.nn.modules.")
-    return not is_plain or kind.__module__ in _ATTENDING_MODULES
+    attends = kind is nn.MultiheadAttention or kind.__module__ == nn.Transformer.__module__
+    return attends or not is_plain
 
 
 class _Replacing:
@@ -202,6 +208,8 @@ def _subclass(kind: type[nn.Module], mode: _Mode) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _check_fused("module", self)
+        if isinstance(self, nn.MultiheadAttention):
+            mode.attention.check_self_attention(*args, **kwargs)
         # Once is enough; what is compiled does not pay for more.
         if not torch.compiler.is_compiling() and mode in _get_current_function_mode_stack():
             return original(self, *args, **kwargs)
@@ -367,9 +375,9 @@ class _Attention:
         )
         return out.reshape(*lead, *heads, *sizes)
 
-    def multi_head(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def multi_head(self, *args: Any, **kwargs: Any) -> Any:
         """Take the place of ``F.multi_head_attention_forward``."""
-        given = dict(zip(_MULTI_HEAD_NAMES[2:], args, strict=False)) | kwargs
+        given = dict(zip(_MULTI_HEAD_NAMES, args, strict=False)) | kwargs
         if given.get("need_weights", True):
             fail(
                 ValueError,
@@ -378,6 +386,12 @@ class _Attention:
                 True,
                 "Call the attention with need_weights=False.",
             )
+        return self.multi_head_function(*args, **kwargs)
+
+    def check_self_attention(
+        self, query: Tensor, key: Tensor, *args: object, **kwargs: object
+    ) -> None:
+        """Check what only the arguments of an ``nn.MultiheadAttention`` tell."""
         if self._has_identity() and query is not key:
             fail(
                 ValueError,
@@ -386,7 +400,6 @@ class _Attention:
                 f"{self.identity_gain} and a query that is not the key",
                 "Pass identity_gain=0, or replace the modules with self-attention alone.",
             )
-        return self.multi_head_function(query, key, *args, **kwargs)
 
     def _has_identity(self) -> bool:
         return isinstance(self.identity_gain, Tensor) or self.identity_gain != 0.0
