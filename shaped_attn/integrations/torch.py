@@ -126,8 +126,8 @@ def replace_sdpa(
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of its range; the module is
             replaced already, is TorchScript, has nothing that attends, or a layer of timm that
-            computes attention by itself. A call in the forward that cannot be shaped raises there: ``need_weights=True``,
-            and the cases above.
+            computes attention by itself. A call in the forward that cannot be shaped raises there:
+            ``need_weights=True``, and the cases above.
 
     Example:
         >>> import torch
