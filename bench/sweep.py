@@ -1,13 +1,16 @@
-"""Time candidates for the tables of kernels/configs.py on this machine's GPU; print what to paste.
+"""Time candidates for the tables of tiles on this machine's GPU; print what to paste.
 
-forward, dkdv and dq, each by itself while the others keep their entries, with a centre and without
-("plain"), in 16 bits. First worker processes, one a core, compile the candidates and compare their
-results with float64; one that hangs is ended, which loses that candidate alone. Then one process
-times the launches of those that passed, for the shaped formula at the paper's scale
-1 / (D sqrt(H)) and for plain attention at 1 / sqrt(D): B T = 16384 tokens, H D = 2048, medians of
-interleaved rounds, L2 overwritten before each launch. At the limit it reports what there is.
+`--family portable` is about kernels/configs.py, hopper about kernels/hopper/tiles.py, which has
+tiles for each mask and a kernel more, "fused": dkdv and dq in one. Each kernel goes by itself while
+the others keep their entries, the portable forward and dkdv also without a centre ("plain"), in 16
+bits. First worker processes, one a core, compile the candidates and compare their results with
+float64; one that hangs is ended, which loses that candidate alone. Then one process times the
+launches of those that passed, for the shaped formula at the paper's scale 1 / (D sqrt(H)) and for
+plain attention at 1 / sqrt(D): B T = 16384 tokens, H D = 2048, medians of interleaved rounds, L2
+overwritten before each launch. At the limit it reports what there is.
 
     python bench/sweep.py [--limit SECONDS] [--kernels forward dkdv dq] [--dims 64 128] ...
+    python bench/sweep.py --family hopper ...
     python bench/sweep.py --compile-only 90      # without a GPU
 """
 
@@ -32,7 +35,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, asdict, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -42,6 +45,7 @@ from shaped_attn import shaped_attention
 from shaped_attn.environment import collect
 from shaped_attn.kernels import compile_gate, configs, launch
 from shaped_attn.kernels.configs import TileConfig
+from shaped_attn.kernels.families import use_family
 from shaped_attn.testing import (
     Case,
     assert_within_budget,
@@ -84,15 +88,74 @@ CANDIDATES = {
 }
 # dq is the same kernel with a centre and without.
 VARIANTS = {"forward": ("", "plain"), "dkdv": ("", "plain"), "dq": ("",)}
-FUNCTIONS = {
-    "forward": "attention_fwd_kernel",
-    "dkdv": "attention_bwd_dkdv_kernel",
-    "dq": "attention_bwd_dq_kernel",
+RESULTS = {
+    "forward": ("out", "lse"),
+    "dkdv": ("grad k", "grad v"),
+    "dq": ("grad q",),
+    "fused": ("grad q", "grad k", "grad v"),
 }
-BEFORE = ("value_block_sums_kernel", "attention_fwd_kernel", "attention_bwd_preprocess_kernel")
-RESULTS = {"forward": ("out", "lse"), "dkdv": ("grad k", "grad v"), "dq": ("grad q",)}
-PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}
+PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3, "fused": 5}
 MASKS = ("full", "causal")
+
+
+def hopper_candidates(kernel: str, dim: int, present: tuple) -> Iterator[tuple]:
+    """Tiles of a Hopper kernel, those that do not fit included: compiling them tells."""
+    if kernel == "forward":
+        tiles = [(3, 128, 3), (3, 64, 4), (3, 128, 2), (3, 64, 3), (2, 128, 3), (2, 128, 2)]
+        tiles += [(2, 64, 4)] if dim == 64 else [(2, 64, 3), (2, 64, 4)]
+        names = ("consumers", "block_s", "stages")
+        for sizes, row_sums in itertools.product(tiles, ("product", "packed")):
+            yield present._replace(**dict(zip(names, sizes, strict=True)), row_sums=row_sums)
+        yield present._replace(takes_turns=not present.takes_turns)
+        for schedule in ("grid", "rounds", "dynamic"):
+            yield present._replace(schedule=schedule)
+        return
+    consumers, blocks = (2, 3), (64, 128)
+    if kernel == "fused":  # whose two consumers sum a half of dq each, of 64 times 64
+        consumers, blocks = (2,), (2 * 64 * 64 // dim,)
+    for sizes in itertools.product(consumers, blocks, (2, 3)):
+        if kernel == "dq":
+            yield from (type(present)(*sizes, is_pinned) for is_pinned in (True, False))
+        else:
+            yield type(present)(*sizes)
+
+
+class Family(NamedTuple):
+    """What the sweep knows of one family.
+
+    functions: names of what is timed, by kernel; before: of what has to run before the backward's.
+    table: the file of its tables.
+    """
+
+    functions: dict[str, tuple[str, ...]]
+    before: tuple[str, ...]
+    table: str
+
+
+BEFORE = ("attention_fwd_kernel", "attention_bwd_preprocess_kernel")
+# The sums of v also set the counter from which programs take their tiles.
+HOPPER_SUMS = ("value_sums_kernel", "value_sums_by_key_kernel", "value_prefix_kernel")
+FAMILIES = {
+    "portable": Family(
+        {
+            "forward": ("attention_fwd_kernel",),
+            "dkdv": ("attention_bwd_dkdv_kernel",),
+            "dq": ("attention_bwd_dq_kernel",),
+        },
+        ("value_block_sums_kernel", *BEFORE),
+        "kernels/configs.py",
+    ),
+    "hopper": Family(
+        {
+            "forward": (*HOPPER_SUMS, "attention_fwd_kernel"),
+            "dkdv": ("attention_bwd_dkdv_kernel",),
+            "dq": ("attention_bwd_dq_kernel",),
+            "fused": ("attention_bwd_dkdv_kernel", "convert_dq_kernel"),
+        },
+        (*HOPPER_SUMS, "value_block_sums_kernel", *BEFORE),
+        "kernels/hopper/tiles.py",
+    ),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS, WIDTH = 16384, 2048
 
@@ -118,28 +181,54 @@ def candidates(kernel: str, present: TileConfig, arch: int | str) -> list[TileCo
     return found
 
 
-@contextlib.contextmanager
-def trying(kernel: str, config: TileConfig, functions: tuple[str, ...]) -> Iterator[list[tuple]]:
-    """Let `kernel` have `config`, others their own; of other kernels launch only `functions`.
+def config_of(row: dict) -> Any:
+    """Tiles of a candidate: a `TileConfig`, or what kernels/hopper/tiles.py has for its kernel."""
+    if row["family"] == "portable":
+        return TileConfig(**row["config"])
+    from shaped_attn.kernels.hopper import tiles
 
-    Yields a list that receives each launch of the kernel with its arguments.
+    dq_or_dkdv = tiles.DqTile if row["kernel"] == "dq" else tiles.DkdvTile
+    return (tiles.ForwardTile if row["kernel"] == "forward" else dq_or_dkdv)(**row["config"])
+
+
+def masks_of(row: dict, masks: list[str]) -> list[str]:
+    """Masks that a candidate is for: one, or all."""
+    return [row["mask"]] if row["mask"] else masks
+
+
+@contextlib.contextmanager
+def trying(row: dict, before: bool) -> Iterator[list[tuple]]:
+    """Let the kernel of a candidate have its tiles, others their own; launch no other kernels.
+
+    Unless `before`: then those that have to run before it too. Yields a list that receives each
+    launch of the kernel with its arguments.
     """
+    family, kernel, config = FAMILIES[row["family"]], row["kernel"], config_of(row)
     of_table, run, kept = configs.pick_config, launch.Launch.__call__, []
+    functions = family.functions[kernel]
 
     def pick(name: str, *arguments: Any, **options: Any) -> TileConfig:
         return config if name == kernel else of_table(name, *arguments, **options)
 
     def run_some(self, *varying: Any) -> None:
         name = self.kernel.fn.__name__
-        if name == FUNCTIONS[kernel]:
+        if name in functions:
             kept.append((self, varying))
-        if name == FUNCTIONS[kernel] or name in functions:
+        if name in functions or (before and name in family.before):
             run(self, *varying)
 
     with contextlib.ExitStack() as stack:
-        for name, module in list(sys.modules.items()):  # wherever it is imported
-            if name.startswith(configs.__package__) and hasattr(module, "pick_config"):
-                stack.enter_context(mock.patch.object(module, "pick_config", pick))
+        if row["family"] == "portable":
+            package, name, replacement = configs.__package__, "pick_config", pick
+        else:
+            from shaped_attn.kernels.hopper import attention_bwd, attention_fwd  # noqa: F401
+
+            package, name = f"{configs.__package__}.hopper", f"{kernel}_tile"
+            replacement = lambda *_: config  # noqa: E731
+        for module_name, module in list(sys.modules.items()):  # wherever it is imported
+            if module_name.startswith(package) and hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name, replacement))
+        stack.enter_context(use_family(row["family"]))
         stack.enter_context(mock.patch.object(launch.Launch, "__call__", run_some))
         launch.forget_plans()  # whose keys know nothing of this
         stack.callback(launch.forget_plans)
@@ -158,6 +247,11 @@ def case_of(row: dict, is_causal: bool, batch: int, heads: int, length: int) -> 
     else:
         formula = {"skip_gain": 0.9, "branch_gain": math.sqrt(0.19), "scale": case.scale}
     return case, formula | {"is_causal": is_causal, "return_lse": True}
+
+
+def ours(row: dict, *args: Any, **options: Any) -> Any:
+    """The operator, with sums in any order where one kernel makes all gradients."""
+    return triton_attention(*args, **options, deterministic=row["kernel"] != "fused")
 
 
 triton_attention = functools.partial(shaped_attention, impl="triton")
@@ -186,14 +280,17 @@ def check(row: dict, length: int = 512, device: str = "cuda") -> dict[str, Any]:
     Returns registers, bytes of spills a thread and shared memory of each form of the kernel.
     """
     kernel, eps32 = row["kernel"], torch.finfo(torch.float32).eps
-    with trying(kernel, TileConfig(**row["config"]), BEFORE) as kept, poison_empty():
-        for is_causal, rises in itertools.product((False, True), (False, True)):
+    masks = masks_of(row, list(MASKS))
+    with trying(row, before=True) as kept, poison_empty():
+        for mask, rises in itertools.product(masks, (False, True)):
             if rises and kernel != "forward":
                 continue
+            is_causal = mask == "causal"
             case, options = case_of(row, is_causal, 1, 2, length)
             inputs = example(case, tuple(options.items()), rises, device)
             tensors, d_out, golden, eager = inputs
-            actual = forward_backward(triton_attention, tensors, d_out, **options)
+            attention = functools.partial(ours, row)
+            actual = forward_backward(attention, tensors, d_out, **options)
             for name in RESULTS[kernel]:
                 yardstick, rounding = eager[name], None
                 if rises:
@@ -206,29 +303,48 @@ def check(row: dict, length: int = 512, device: str = "cuda") -> dict[str, Any]:
                 assert_within_budget(
                     actual[name], golden[name], yardstick, factor=2, name=name, rounding=rounding
                 )
-    compiled = {bool(found.constants.get("BOUNDED")): found.compiled for found, _ in kept}
+    compiled = {form_of(found): found.compiled for found, _ in kept}
     return {
         "forms": [
             {
-                "kernel": f"{kernel} bounded" if is_bounded else kernel,
+                "kernel": f"{kernel} {name}".strip(),
                 "registers": form.n_regs,
                 "spills": 4 * form.n_spills,
                 "shared": form.metadata.shared,
             }
-            for is_bounded, form in compiled.items()
+            for name, form in compiled.items()
             if form is not None  # in the interpreter
         ]
     }
 
 
+def form_of(found: launch.Launch) -> str:
+    """Which form of a kernel a launch is of."""
+    if "C" in found.constants:
+        return getattr(found.constants["C"].shape, "form", "")
+    name = found.kernel.fn.__name__
+    if name.startswith(("value", "convert")):  # runs beside the kernel
+        return name.removesuffix("_kernel")
+    return "bounded" if found.constants.get("BOUNDED") else ""
+
+
 def compile_only(row: dict, arch: int | str) -> dict[str, Any]:
     """Compile one candidate for `arch` as the compile gate does, where all gains are learned."""
-    variant = compile_gate.VARIANTS[row["variant"] == "plain"]
-    with trying(row["kernel"], TileConfig(**row["config"]), ()):
-        forms = compile_gate.compile_case(
-            compile_gate.Case(arch, row["dtype"], row["dim"], variant)
-        )
-    names = ("kernel", "registers", "spills", "shared", "serialized")
+    if row["family"] == "hopper":
+        from shaped_attn.kernels.hopper import compile_gate as gate
+
+        case = gate.Case(row["dtype"], row["dim"], row["mask"] == "causal", "fixed")
+        case = case._replace(is_deterministic=row["kernel"] != "fused")
+        with trying(row, before=False):
+            forms = gate.compile_case(case)
+        names = ("kernel", "loop", "loop_spills", "spills", "shared", "serialized")
+    else:
+        variant = compile_gate.VARIANTS[row["variant"] == "plain"]
+        with trying(row, before=False):
+            forms = compile_gate.compile_case(
+                compile_gate.Case(arch, row["dtype"], row["dim"], variant)
+            )
+        names = ("kernel", "registers", "spills", "shared", "serialized")
     return {"forms": [{name: getattr(form, name) for name in names} for form in forms]}
 
 
@@ -242,14 +358,18 @@ def time_group(
     shape, dtype = (*sizes, rows[0]["dim"]), DTYPES[rows[0]["dtype"]]
     tensors = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(5)]
     d_out, leaves = tensors[0].detach(), tensors[1 : 4 if rows[0]["variant"] == "plain" else 5]
-    for (row, answer), mask in itertools.product(zip(rows, answers, strict=True), masks):
+    for (row, answer), mask in (
+        (pair, mask)
+        for pair in zip(rows, answers, strict=True)
+        for mask in masks_of(pair[0], masks)
+    ):
         if time.monotonic() > end:
             answer.setdefault("reason", "not timed before the limit")
             continue
         _, options = case_of(row, mask == "causal", *sizes)
         try:
-            with trying(row["kernel"], TileConfig(**row["config"]), BEFORE) as kept:
-                out, _ = triton_attention(*leaves, **options)
+            with trying(row, before=True) as kept:
+                out, _ = ours(row, *leaves, **options)
                 torch.autograd.grad(out, leaves, d_out)
             calls.append((answer, mask, kept))
         except Exception as error:
@@ -341,45 +461,59 @@ def run_jobs(jobs: list[tuple], processes: int, job_limit: float, limit: float) 
 
 
 def refuse(row: dict[str, Any], shared_memory: float = math.inf) -> None:
-    """Give a candidate that is not worth its time the reason; the present entry may spill."""
+    """Give a candidate that is not worth its time the reason; the present entry may spill.
+
+    So may the Hopper kernels, outside their loops.
+    """
     for form in row.get("forms", ()):
         if form["shared"] > shared_memory:
             row["reason"] = f"{form['shared']} bytes of shared memory"
-        elif form["spills"] > MOST_SPILLS and row["candidate"] > 0:
+        elif form["spills"] > MOST_SPILLS and row["candidate"] > 0 and row["family"] == "portable":
             row["reason"] = f"{form['spills']} bytes of spills a thread"
 
 
-def groups_of(rows: list[dict]) -> list[tuple[tuple[str, str, int], list[dict]]]:
-    """Candidates by kernel, variant and head dimension, which are in order."""
-    groups = itertools.groupby(rows, lambda row: (row["kernel"], row["variant"], row["dim"]))
+def groups_of(rows: list[dict]) -> list[tuple[tuple[str, str, int, str], list[dict]]]:
+    """Candidates by kernel, variant, head dimension and mask, which are in order."""
+    names = ("kernel", "variant", "dim", "mask")
+    groups = itertools.groupby(rows, lambda row: tuple(row[name] for name in names))
     return [(key, list(group)) for key, group in groups]
 
 
 def mean(row: dict[str, Any], masks: list[str]) -> float:
     """Geometric mean of the times, infinite where one is missing."""
-    times = [row.get("ms", {}).get(mask, math.inf) for mask in masks]
+    times = [row.get("ms", {}).get(mask, math.inf) for mask in masks_of(row, masks)]
     return math.prod(times) ** (1 / len(times))
 
 
-def source(config: TileConfig) -> str:
-    """`TileConfig(...)` with what differs from the defaults."""
+def source(config: Any) -> str:
+    """`TileConfig(...)` with what differs from the defaults; a tile of Hopper's in the same way."""
+    if isinstance(config, tuple):
+        names, defaults = config._fields, config._field_defaults
+    else:
+        names = [x.name for x in fields(config)]
+        defaults = {x.name: x.default for x in fields(config) if x.default is not MISSING}
     words = [
-        ("" if x.default is MISSING else f"{x.name}=") + repr(value).replace("'", '"')
-        for x in fields(config)
-        if (value := getattr(config, x.name)) != x.default
+        (f"{name}=" if name in defaults else "") + repr(value).replace("'", '"')
+        for name in names
+        if (value := getattr(config, name)) != defaults.get(name, MISSING)
     ]
-    return f"TileConfig({', '.join(words)})"
+    return f"{type(config).__name__}({', '.join(words)})"
 
 
 def lines_to_paste(rows: list[dict], masks: list[str], gpu: str) -> list[str]:
-    """Entries for a table of kernels/configs.py: the fastest by the mean over the masks."""
+    """Entries for the tables: the fastest, where they are not by mask by the mean over the masks.
+
+    The Hopper forward has one entry for both masks, and the schedule by mask in `forward_tile`.
+    """
     entries: dict[str, list[str]] = {}
-    for (kernel, variant, dim), group in groups_of(rows):
+    for (kernel, variant, dim, mask), group in groups_of(rows):
         best = min(group, key=lambda row: mean(row, masks))
         if mean(best, masks) < math.inf:
-            config = replace(TileConfig(**best["config"]), measured_on=gpu)
+            config, key = config_of(best), f"({dim}, {mask == 'causal'})" if mask else dim
+            if isinstance(config, TileConfig):
+                config = replace(config, measured_on=gpu)
             entry = entries.setdefault(f"{kernel} {variant}".strip(), [])
-            entry.append(f"{dim}: {source(config)}")
+            entry.append(f"{key}: {source(config)}")
     return [f'"{name}": {{{", ".join(entry)}}},' for name, entry in entries.items()]
 
 
@@ -392,9 +526,12 @@ def short_name(gpu: str) -> str:
 def report(rows: list[dict], masks: list[str], length: int) -> Iterator[str]:
     """A table for each kernel, variant and head dimension, the fastest first."""
     yield "ms, TFLOP/s, ms / that of the present entry for " + " and ".join(masks)
-    yield "registers/bytes of spills/of shared memory of each form of a kernel, s: serialised"
-    for (kernel, variant, dim), group in groups_of(rows):
-        yield f"\n{kernel} {variant or 'centred'} D={dim}"
+    if any("loop" in form for row in rows for form in row.get("forms", ())):
+        yield "instructions of the hot loop/spills in it/bytes of all spills/of shared memory"
+    else:
+        yield "registers/bytes of spills/of shared memory of each form of a kernel, s: serialised"
+    for (kernel, variant, dim, of_mask), group in groups_of(rows):
+        yield f"\n{kernel} {variant or 'centred'} D={dim} {of_mask}".rstrip()
         for row in sorted(group, key=lambda row: mean(row, masks)):
             words = []
             for mask, ms in row.get("ms", {}).items():
@@ -403,14 +540,54 @@ def report(rows: list[dict], masks: list[str], length: int) -> Iterator[str]:
                 to_present = ms / group[0].get("ms", {}).get(mask, math.nan)
                 words.append(f"{ms:7.3f} {flops / ms / 1e9:4.0f} {to_present:6.3f}")
             for form in row.get("forms", ()):
-                numbers = f"{form['registers']}/{form['spills']}/{form['shared']}"
+                names = ("registers", "loop", "loop_spills", "spills", "shared")
+                numbers = "/".join(str(form[name]) for name in names if name in form)
                 words.append(numbers + "s" * form.get("serialized", False))
-            words.append(source(TileConfig(**row["config"])) + " (present)" * (row is group[0]))
+            words.append(source(config_of(row)) + " (present)" * (row is group[0]))
             yield "  ".join([*words, row.get("reason", "")]).rstrip()
 
 
 def architecture() -> int | str:
     return launch.architecture(torch.empty(0, device="cuda"))
+
+
+def rows_of(arguments: argparse.Namespace, arch: int | str) -> Iterator[dict[str, Any]]:
+    """All candidates, each group's present entry first."""
+    is_hopper = arguments.family == "hopper"
+    for kernel in arguments.kernels:
+        for variant, dim, mask in itertools.product(
+            ("",) if is_hopper else VARIANTS[kernel],
+            arguments.dims,
+            arguments.masks if is_hopper else ("",),
+        ):
+            if is_hopper:
+                found = hopper_tiles(kernel, dim, mask == "causal", arguments.length)
+                found = [tile._asdict() for tile in found]
+            else:
+                present = configs.pick_config(
+                    kernel, dim, dim, 2, arch, weighed_by=None, is_centered=variant == ""
+                )
+                found = [asdict(config) for config in candidates(kernel, present, arch)]
+            fixed = {"family": arguments.family, "kernel": kernel, "variant": variant, "dim": dim}
+            fixed |= {"mask": mask, "dtype": arguments.dtype}
+            for index, config in enumerate(found):
+                yield fixed | {"candidate": index, "config": config}
+
+
+def hopper_tiles(kernel: str, dim: int, is_causal: bool, length: int) -> list[tuple]:
+    """The present tile of a Hopper kernel, or what one would start from; then all others."""
+    from shaped_attn.kernels.hopper import tiles
+
+    present = {
+        "forward": lambda: tiles.forward_tile(dim, is_causal, length),
+        "dkdv": lambda: tiles.dkdv_tile(dim, is_causal),
+        "dq": lambda: tiles.dq_tile(dim, is_causal),
+        "fused": lambda: (
+            tiles.fused_tile(dim, is_causal)
+            or next(hopper_candidates(kernel, dim, tiles.DkdvTile(2, 64, 2)))
+        ),
+    }[kernel]()
+    return list(dict.fromkeys([present, *hopper_candidates(kernel, dim, present)]))
 
 
 def sweep(arguments: argparse.Namespace) -> int:
@@ -419,17 +596,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     gpu = None if arch else torch.cuda.get_device_name()
     if arch is None:
         arch = architecture()
-    rows = []
-    for kernel in arguments.kernels:
-        for variant, dim in itertools.product(VARIANTS[kernel], arguments.dims):
-            present = configs.pick_config(
-                kernel, dim, dim, 2, arch, weighed_by=None, is_centered=variant == ""
-            )
-            rows += [
-                {"kernel": kernel, "variant": variant, "dim": dim, "dtype": arguments.dtype}
-                | {"candidate": index, "config": asdict(config)}
-                for index, config in enumerate(candidates(kernel, present, arch))
-            ]
+    rows = list(rows_of(arguments, arch))
     # All present entries first, so that at the limit no group is without.
     jobs = sorted(rows, key=lambda row: row["candidate"])
     limit = CHECK_SHARE * arguments.limit if gpu else arguments.limit
@@ -460,15 +627,17 @@ def sweep(arguments: argparse.Namespace) -> int:
     print("\n".join(report(rows, masks, arguments.length)))
     found = lines_to_paste(rows, masks, short_name(gpu)) if gpu else []
     if gpu:
-        print("\nThe fastest, for kernels/configs.py:", *found, sep="\n")
+        print(f"\nThe fastest, for {FAMILIES[arguments.family].table}:", *found, sep="\n")
     folder = re.sub(r"[^a-z0-9]+", "-", gpu.lower()) if gpu else None
-    output = arguments.output or (folder and ROOT / "bench" / "results" / folder / "sweep.json")
+    name = "sweep.json" if arguments.family == "portable" else f"sweep_{arguments.family}.json"
+    output = arguments.output or (folder and ROOT / "bench" / "results" / folder / name)
     if output:
         result = {
             "command": " ".join(["python bench/sweep.py", *sys.argv[1:]]),
             "unit": "milliseconds of the one kernel, median",
             "environment": collect(),
             "architecture": arch,
+            "family": arguments.family,
             "sizes": {"B T": TOKENS, "H D": WIDTH, "T": arguments.length},
             "limit": arguments.limit,
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -486,16 +655,27 @@ def main() -> int:
     )
     add = functools.partial(parser.add_argument, help="default: %(default)s")
     add("--limit", type=float, default=180, help="in seconds, default: %(default)s")
-    add("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    add("--family", choices=FAMILIES, default="portable")
+    kernels = list(FAMILIES["hopper"].functions)
+    add("--kernels", nargs="+", choices=kernels, help="default: all of the family")
     add("--dims", nargs="+", type=int, choices=(64, 128), default=[64, 128])
     add("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     add("--dtype", choices=DTYPES, default="bf16")
     add("--length", type=int, choices=[2**n for n in range(10, 15)], default=4096)
     add("--processes", type=int, default=os.cpu_count())
-    add("--output", type=Path, help="default: bench/results/GPU/sweep.json")
+    add("--output", type=Path, help="default: sweep.json or the like in bench/results/GPU")
     arch = {"type": lambda x: int(x) if x.isdigit() else x, "choices": configs.ARCHITECTURES}
     add("--compile-only", help="an architecture, no GPU is needed", **arch)
     arguments = parser.parse_args()
+    of_family = FAMILIES[arguments.family].functions
+    arguments.kernels = arguments.kernels or list(of_family)
+    for kernel in set(arguments.kernels) - set(of_family):
+        parser.error(f"--kernels must be of the family {arguments.family}, got {kernel}. Drop it.")
+    if arguments.family == "hopper" and arguments.compile_only not in (None, 90):
+        parser.error(
+            "--family hopper must be compiled for 90, got --compile-only "
+            f"{arguments.compile_only}. Correct it, or choose another family."
+        )
     if launch.is_interpreted():
         parser.error("TRITON_INTERPRET must be unset, got it set. Compiled kernels are timed.")
     if arguments.compile_only is None and not torch.cuda.is_available():
@@ -506,6 +686,11 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    if arguments.family == "hopper" and arguments.compile_only is None and architecture() != 90:
+        parser.error(
+            f"--family hopper must run on a Hopper GPU (sm_90), this is {architecture()}. "
+            "Choose --family portable, or --compile-only 90."
+        )
     return sweep(arguments)
 
 

@@ -29,7 +29,8 @@ def sweep(monkeypatch):
 
 
 def row(kernel="forward", variant="", dim=64, config=SMALL, candidate=0, **others):
-    fixed = {"kernel": kernel, "variant": variant, "dim": dim, "dtype": "bf16"}
+    fixed = {"family": "portable", "kernel": kernel, "variant": variant, "dim": dim, "mask": ""}
+    fixed["dtype"] = "bf16"
     return fixed | {"config": dataclasses.asdict(config), "candidate": candidate} | others
 
 
@@ -218,7 +219,7 @@ def test_only_the_launches_of_the_kernel_are_timed(kernel, sweep, device, monkey
     rows = [row(kernel, dim=16), row(kernel, dim=16, config=dataclasses.replace(SMALL, block_t=32))]
     answers = sweep.time_group(rows, MASKS, 64, seconds=100, device=str(device))["answers"]
     forms = 2 if kernel == "forward" else 1
-    name = sweep.FUNCTIONS[kernel]
+    (name,) = sweep.FAMILIES["portable"].functions[kernel]
     turn = [[(name, block_t)] * forms for block_t in (16, 16, 32, 32)]
     assert replayed == turn * 2
     # Medians of what do_bench said in both rounds.
