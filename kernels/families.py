@@ -17,7 +17,7 @@ CHOICES = ("auto", "portable", "hopper")
 _ENVIRONMENT = "SHAPED_ATTN_FAMILY"
 _HOPPER = 90
 _HOPPER_DTYPES = (torch.bfloat16, torch.float16)
-_MOST_COLUMNS = 128
+_MOST_COLUMNS = 256
 # Releases of Triton whose Gluon the Hopper kernels compile with.
 _HOPPER_RELEASES = ((3, 6), (3, 9))
 # What "auto" takes the Hopper kernels for: head dimension and release. All rows rest on
@@ -48,7 +48,7 @@ def use_family(family: str) -> Iterator[None]:
     """Choose the family of kernels for the calls inside, in all threads, backward passes included.
 
     "portable" takes every call. "hopper" takes whatever its kernels can, measured or not, and
-    leaves the rest (masks, priors, float32, head dimensions above 128, tensors that TMA cannot
+    leaves the rest (masks, priors, float32, head dimensions above 256, tensors that TMA cannot
     read) to "portable". "auto", the default, takes the one that was measured to be faster. The
     environment variable SHAPED_ATTN_FAMILY, read at import, sets the default.
 

@@ -37,6 +37,8 @@ UNMEASURED = [
     {"head_dim": 96, "value_dim": 96},
     {"value_dim": 64},
     {"head_dim": 8, "value_dim": 8},
+    {"head_dim": 256, "value_dim": 256},
+    {"head_dim": 192},
     {"rows": 4096},
     {"group": 4},
     {"release": (3, 9)},
@@ -44,8 +46,8 @@ UNMEASURED = [
 # What the Hopper kernels do not run.
 OTHERS = [
     {"dtype": torch.float32},
-    {"head_dim": 136},
-    {"value_dim": 256},
+    {"head_dim": 264},
+    {"value_dim": 512},
     {"weighed_by": "mask"},
     {"weighed_by": "prior"},
     {"fits_tma": False},

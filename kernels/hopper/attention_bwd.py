@@ -21,7 +21,7 @@ from .bwd_dkdv import DkdvShape, attention_bwd_dkdv_kernel
 from .bwd_dq import DqShape, attention_bwd_dq_kernel
 from .descriptors import DTYPES, Describe
 from .primitives import MOST_REGISTERS, Constants
-from .tiles import dkdv_tile, dq_tile, fused_tile, heads_together, width_of
+from .tiles import MOST_COLUMNS_AT_ONCE, dkdv_tile, dq_tile, fused_tile, heads_together, width_of
 
 if TYPE_CHECKING:
     from ..attention import AttentionGradients, Call, ForwardResult, Needs
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 class _Dkdv:
     """Launch of the gradients of k and v; fused, it adds those of q to `dq_sums`."""
 
-    def __init__(self, call: Call, d_out: torch.Tensor, is_fused: bool) -> None:
+    def __init__(
+        self, call: Call, d_out: torch.Tensor, is_fused: bool, makes_dk: bool, makes_dv: bool
+    ) -> None:
         B, H, T, _ = call.q.shape
         HKV, S, DV = call.v.shape[1:]
         constants = _constants(call)
@@ -38,6 +40,8 @@ class _Dkdv:
         shape = DkdvShape(
             *(fused_tile if is_fused else dkdv_tile)(width, is_causal),
             **constants,
+            makes_dk=makes_dk,
+            makes_dv=makes_dv,
             is_centered=call.is_centered,
             has_identity=call.has_identity,
             is_fused=is_fused,
@@ -48,6 +52,7 @@ class _Dkdv:
             *(H, T, S, DV, *visibility_sizes(call.visibility, T, S)),
             heads_together(B * HKV, 1, tiles, bytes_of_head, is_causal),
         )
+        self.shape = shape
         self.launch = launch.Launch(
             attention_bwd_dkdv_kernel,
             tiles * B * HKV,
@@ -69,13 +74,27 @@ class _Dkdv:
         dq_sums: torch.Tensor | None,
     ) -> None:
         planes = row_terms.view(3, -1, row_terms.shape[-1])
+        v, dk = (call.v, gradients.k) if self.shape.makes_dk else (None, None)
+        dv = gradients.v if self.shape.makes_dv else None
         self.launch(
-            *self.describe(*call[:3], rounded, planes, gradients.k, gradients.v),
+            *self.describe(call.q, call.k, v, rounded, planes, dk, dv),
             d_out,
             dq_sums,
             visibility_arguments(call.visibility),
             tuple(call.gains),
         )
+
+
+class _DvThenDk:
+    """Launches of the gradients of v and of k: one after the other where one kernel cannot."""
+
+    def __init__(self, call: Call, d_out: torch.Tensor) -> None:
+        self.dv = _Dkdv(call, d_out, False, makes_dk=False, makes_dv=True)
+        self.dk = _Dkdv(call, d_out, False, makes_dk=True, makes_dv=False)
+
+    def __call__(self, *arguments) -> None:
+        self.dv(*arguments)
+        self.dk(*arguments)
 
 
 class _Dq:
@@ -184,7 +203,10 @@ class BackwardPlan:
         self.is_fused = not is_deterministic and _can_fuse(call)
         self.preprocess = Preprocess(call, d_out, needs)
         self.rounds_d_out = d_out.dtype != call.v.dtype or not launch.fits_tma(d_out)
-        self.dkdv = _Dkdv(call, d_out, self.is_fused)
+        if width_of(call.q.shape[3], call.v.shape[3]) <= MOST_COLUMNS_AT_ONCE:
+            self.dkdv = _Dkdv(call, d_out, self.is_fused, makes_dk=True, makes_dv=True)
+        else:
+            self.dkdv = _DvThenDk(call, d_out)
         self.dq = _ConvertDq(call, needs) if self.is_fused else _Dq(call, needs)
 
     def __call__(

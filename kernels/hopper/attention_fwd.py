@@ -61,7 +61,7 @@ from .primitives import (
     turn_wait,
     unpack,
 )
-from .tiles import ForwardTile, forward_tile, heads_together, width_of
+from .tiles import MOST_COLUMNS_AT_ONCE, ForwardTile, forward_tile, heads_together, width_of
 from .value_prefix import ValuePrefixSums
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class ForwardShape(Shape):
         row_sums: "packed" or "product", as in the portable `row_sums`.
         takes_turns: consumers take turns to issue products.
         is_centered, has_identity: which terms there are.
-        residual: "none", "tile" (by TMA, of the dtype of q), or "direct", and out with it.
+        residual: "none", "tile" (by TMA, of the dtype of q), or "direct".
         form: "fixed" keeps the maximum of the first block, and marks tiles whose weights overflow;
             "second" computes these with a maximum that follows the keys, "running" all.
         saves: whether the backward's tensors are written.
@@ -107,9 +107,29 @@ class ForwardShape(Shape):
         return 64 * self.consumers
 
     @property
+    def has_room(self) -> bool:
+        """Whether shared memory holds results and own rows of v too; else they go directly."""
+        return self.width <= MOST_COLUMNS_AT_ONCE
+
+    @property
     def has_own(self) -> bool:
-        """Whether the rows of v at the queries' own positions are read."""
-        return self.has_identity or (self.is_centered and self.is_causal)
+        """Whether TMA reads the rows of v at the queries' own positions."""
+        return self.has_room and (self.has_identity or (self.is_centered and self.is_causal))
+
+    @property
+    def gathers_own(self) -> bool:
+        """Whether these rows are read directly."""
+        return self.has_identity and not self.has_room
+
+    @property
+    def sums_by_key(self) -> bool:
+        """Whether the prefix sums of v are by keys, for want of own rows, and not by blocks."""
+        return not self.has_room and self.is_centered and self.is_causal
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether out is written directly."""
+        return self.residual == "direct" or not self.has_room
 
     @property
     def is_running(self) -> bool:
@@ -119,6 +139,8 @@ class ForwardShape(Shape):
     @property
     def row_tiles(self) -> int:
         """Tiles of queries, results and own rows in shared memory."""
+        if not self.has_room:
+            return self.consumers
         return self.consumers * (3 if self.has_own or self.saves else 2)
 
     @property
@@ -140,6 +162,11 @@ class ForwardShape(Shape):
     def triangle(self) -> gl.NVMMADistributedLayout:
         """Layout of which own keys each query sees, [ROWS, ROWS]."""
         return accumulator(64)
+
+    @property
+    def half(self) -> gl.NVMMADistributedLayout:
+        """Layout of half of the columns of a tile of results."""
+        return accumulator(self.width // 2)
 
 
 class Memory(NamedTuple):
@@ -305,9 +332,12 @@ class Descriptors(NamedTuple):
 class Pointers(NamedTuple):
     """Tensors that are read and written directly."""
 
+    v: object
+    v_strides: tuple
     residual: object
     residual_strides: tuple
     out: object
+    excess: object
     lse: object
     row_stats: object
     value_sums: object
@@ -598,6 +628,22 @@ def _visible_value_sum(own, where, ends, sizes, value_sums, turn, c: gl.constexp
 
 
 @gluon.jit
+def _gathered_value_sum(where, ends, sizes, value_sums, columns, C: gl.constexpr, rows_of):
+    """As `_visible_value_sum`, some columns of it, from prefix sums alone."""
+    key_heads = sizes.H // C.group
+    head = where.batch.to(gl.int64) * key_heads + where.key_head
+    inside = (columns < sizes.value_dim)[None, :]
+    if C.sums_by_key:
+        entry = head * sizes.S + gl.convert_layout(ends, rows_of) - 1
+        inside = inside & (gl.convert_layout(ends, rows_of) > 0)[:, None]
+    else:
+        blocks = gl.cdiv(sizes.S + sizes.lead, ROWS)
+        entry = head * (blocks + 1) + blocks + gl.zeros([ROWS], gl.int64, rows_of)
+    at = entry[:, None] * sizes.value_dim + columns[None, :]
+    return gl.load(value_sums + at, mask=inside, other=0.0)
+
+
+@gluon.jit
 def _attend(every, where, g, turn, c: gl.constexpr, C: gl.constexpr):
     """One tile of queries of consumer c, from its scores to its results."""
     memory = every.memory
@@ -652,12 +698,9 @@ def _attend(every, where, g, turn, c: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def _finish(every, where, turn, ends, acc, sums, m, u, c: gl.constexpr, C: gl.constexpr):
     """Results of a tile from its products: what is saved, then the other terms."""
-    descriptors = every.descriptors
     pointers = every.pointers
-    memory = every.memory
     sizes = every.sizes
     row_layout: gl.constexpr = gl.SliceLayout(1, C.scores)
-    out_layout: gl.constexpr = gl.SliceLayout(1, C.outputs)
     first = where.row + c * ROWS
     # [ROWS]
     rows = first + gl.arange(0, ROWS, row_layout)
@@ -683,59 +726,120 @@ def _finish(every, where, turn, ends, acc, sums, m, u, c: gl.constexpr, C: gl.co
         gl.store(pointers.row_stats + at, log2_normalizer, mask=inside)
         gl.store(pointers.row_stats + at + plane, count, mask=inside)
 
+    of_rows = (sums, inverse_count, inverse_normalizer)
+    if C.has_room:
+        _write(every, where, turn, ends, acc, of_rows, 0, c, C, C.outputs)
+    else:
+        # Half by half: all terms of all columns do not fit the registers.
+        left, right = _halves(acc, C)
+        _write(every, where, turn, ends, left, of_rows, 0, c, C, C.half)
+        _write(every, where, turn, ends, right, of_rows, C.width // 2, c, C, C.half)
+
+
+@gluon.jit
+def _halves(x, C: gl.constexpr):
+    """[ROWS, width] as two tensors of half of the columns."""
+    left, right = gl.split(x.reshape([ROWS, 2, C.width // 2]).permute([0, 2, 1]))
+    return gl.convert_layout(left, C.half), gl.convert_layout(right, C.half)
+
+
+@gluon.jit
+def _offsets(where, head, rows, columns, strides):
+    """Where rows and columns of one head stand in a tensor with these strides."""
+    at = where.batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
+    return at + rows.to(gl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
+
+
+@gluon.jit
+def _write(
+    every,
+    where,
+    turn,
+    ends,
+    acc,
+    of_rows,
+    FIRST: gl.constexpr,
+    c: gl.constexpr,
+    C: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """Results and what is saved, of the columns from FIRST on whose products are in acc."""
+    descriptors = every.descriptors
+    pointers = every.pointers
+    memory = every.memory
+    sizes = every.sizes
+    sums, inverse_count, inverse_normalizer = of_rows
+    rows_of: gl.constexpr = gl.SliceLayout(1, layout)
+    first = where.row + c * ROWS
     branch_gain = gain_of(every.gains, BRANCH, where.head, C)
     softmax_gain = branch_gain * gain_of(every.gains, SOFTMAX, where.head, C)
+    rows = first + gl.arange(0, ROWS, rows_of)
+    columns = FIRST + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    in_columns = (columns < sizes.value_dim)[None, :]
+    inside = (rows < sizes.T)[:, None] & in_columns
     own_tile = memory.rows
-    if C.has_own or C.saves:
+    if C.has_room and (C.has_own or C.saves):
         own_tile = _matrix(_own_values(memory.rows, c, C), ROWS, C)
     if C.bytes_at_the_end > 0:
         mbarrier.wait(_own(memory.bars, OWN_FULL, c, C), turn & 1)
-    # [ROWS, width]
-    excess = acc * gl.convert_layout(inverse_normalizer, out_layout)[:, None]
+    # [ROWS, columns]
+    excess = acc * gl.convert_layout(inverse_normalizer, rows_of)[:, None]
     out = softmax_gain * excess
     if C.is_centered:
-        value_sum = _visible_value_sum(
-            own_tile, where, ends, sizes, pointers.value_sums, turn, c, C
-        )
-        on_sum = gl.convert_layout(sums * inverse_count * inverse_normalizer, out_layout)
+        if C.has_room:
+            value_sum = _visible_value_sum(
+                own_tile, where, ends, sizes, pointers.value_sums, turn, c, C
+            )
+        else:
+            value_sum = _gathered_value_sum(
+                where, ends, sizes, pointers.value_sums, columns, C, rows_of
+            )
+        on_sum = gl.convert_layout(sums * inverse_count * inverse_normalizer, rows_of)
         excess -= on_sum[:, None] * value_sum
         center_gain = branch_gain * gain_of(every.gains, CENTER, where.head, C)
-        on_center = gl.convert_layout((softmax_gain - center_gain) * inverse_count, out_layout)
+        on_center = gl.convert_layout((softmax_gain - center_gain) * inverse_count, rows_of)
         out = softmax_gain * excess + on_center[:, None] * value_sum
+    at = (where.batch.to(gl.int64) * sizes.H + where.head) * sizes.T
+    at = (at + rows)[:, None] * sizes.value_dim + columns[None, :]
+    if C.saves and not C.has_room:
+        gl.store(pointers.excess + at, excess.to(C.dtype), mask=inside)
     if C.has_identity:
         identity_gain = branch_gain * gain_of(every.gains, IDENTITY, where.head, C)
-        out += identity_gain * own_tile.load(C.outputs).to(gl.float32)
-    results = _matrix(_results(memory.rows, c, C), ROWS, C)
+        if C.has_room:
+            own = own_tile.load(C.outputs)
+        else:
+            keys = _own_row(where, sizes, c, C) + gl.arange(0, ROWS, rows_of)
+            in_keys = ((keys >= 0) & (keys < sizes.S))[:, None]
+            own_at = _offsets(where, where.key_head, keys, columns, pointers.v_strides)
+            own = gl.load(pointers.v + own_at, mask=in_keys & in_columns, other=0.0)
+        out += identity_gain * own.to(gl.float32)
+    results = memory.rows
+    if not C.is_direct:
+        results = _matrix(_results(memory.rows, c, C), ROWS, C)
     if C.residual == "tile":
         skip_gain = gain_of(every.gains, SKIP, where.head, C)
         out += skip_gain * results.load(C.outputs).to(gl.float32)
     if C.residual == "direct":
         skip_gain = gain_of(every.gains, SKIP, where.head, C)
-        rows = first + gl.arange(0, ROWS, out_layout)
-        columns = gl.arange(0, C.width, gl.SliceLayout(0, C.outputs))
-        inside = (rows < sizes.T)[:, None] & (columns < sizes.value_dim)[None, :]
-        strides = pointers.residual_strides
-        at = where.batch.to(gl.int64) * strides[0] + where.head.to(gl.int64) * strides[1]
-        at = at + rows.to(gl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
-        residual = gl.load(pointers.residual + at, mask=inside, other=0.0)
+        residual_at = _offsets(where, where.head, rows, columns, pointers.residual_strides)
+        residual = gl.load(pointers.residual + residual_at, mask=inside, other=0.0)
         out += skip_gain * residual.to(gl.float32)
-        at = (where.batch.to(gl.int64) * sizes.H + where.head) * sizes.T
-        at = (at + rows)[:, None] * sizes.value_dim + columns[None, :]
+    if C.is_direct:
         gl.store(pointers.out + at, out.to(pointers.out.dtype.element_ty), mask=inside)
-    if C.residual != "direct" or C.saves:
+    if C.has_room and (not C.is_direct or C.saves):
         # Every warp has read what the results replace.
         barrier()
-        if C.residual != "direct":
+        if not C.is_direct:
             results.store(out.to(C.dtype))
         if C.saves:
             own_tile.store(excess.to(C.dtype))
         fence_async_shared()
         barrier()
-        at = [where.batch, where.head, first, 0]
-        if C.residual != "direct":
-            tma_store(descriptors.out, at, _results(memory.rows, c, C))
+        place_of = [where.batch, where.head, first, 0]
+        if not C.is_direct:
+            tma_store(descriptors.out, place_of, _results(memory.rows, c, C))
         if C.saves:
-            tma_store(descriptors.excess, at, _own_values(memory.rows, c, C))
+            tma_store(descriptors.excess, place_of, _own_values(memory.rows, c, C))
 
 
 @gluon.jit
@@ -783,8 +887,10 @@ def attention_fwd_kernel(
     residual_descriptor,
     out_descriptor,
     excess_descriptor,
+    v_ptr,
     residual_ptr,
     out_ptr,
+    excess_ptr,
     lse_ptr,
     row_stats_ptr,
     value_sums_ptr,
@@ -793,6 +899,7 @@ def attention_fwd_kernel(
     visibility,
     gains,
     gain_strides,
+    v_strides,
     residual_strides,
     H,
     T,
@@ -848,9 +955,12 @@ def attention_fwd_kernel(
         excess_descriptor,
     )
     pointers = Pointers(
+        v_ptr,
+        v_strides,
         residual_ptr,
         residual_strides,
         out_ptr,
+        excess_ptr,
         lse_ptr,
         row_stats_ptr,
         value_sums_ptr,
@@ -907,7 +1017,9 @@ class ForwardPlan:
         first = (tile, "fixed") if is_fixed else (running, "running")
         self.shape, self.first = self._launch(call, saves, *first)
         self.second = self._launch(call, saves, running, "second")[1] if is_fixed else None
-        self.value_sums = ValuePrefixSums(v, self._lead(call)) if call.is_centered else None
+        self.value_sums = None
+        if call.is_centered:
+            self.value_sums = ValuePrefixSums(v, self._lead(call), self.shape.sums_by_key)
         self.overflow = (*q.shape[:2], triton.cdiv(q.shape[2], ROWS.value))
         rows, keys = [1, 1, ROWS.value, width], [1, 1, tile.block_s, width]
         self.describe = Describe(rows, keys, keys, rows, rows, rows, rows)
@@ -925,12 +1037,14 @@ class ForwardPlan:
         B, H, T, D = q.shape
         HKV, S, DV = v.shape[1:]
         gain_strides, gain_is_tensor = launch.gain_arguments(gains)
+        width = width_of(D, DV)
         fits = residual is not None and residual.dtype == q.dtype and launch.fits_tma(residual)
+        fits = fits and width <= MOST_COLUMNS_AT_ONCE
         shape = ForwardShape(
             consumers=tile.consumers,
             block_s=tile.block_s,
             stages=tile.stages,
-            width=width_of(D, DV),
+            width=width,
             dtype=DTYPES[q.dtype],
             row_sums=tile.row_sums,
             takes_turns=tile.takes_turns,
@@ -956,7 +1070,12 @@ class ForwardPlan:
         return shape, launch.Launch(
             attention_fwd_kernel,
             tiles if tile.schedule == "grid" else min(launch.multiprocessors(q), tiles),
-            (gain_strides, launch.strides(residual), *sizes),
+            (
+                gain_strides,
+                launch.strides(v if shape.gathers_own else None),
+                launch.strides(residual),
+                *sizes,
+            ),
             TileConfig(shape.block_t, shape.block_s, 4, 1, max_registers=registers),
             C=Constants(shape),
         )
@@ -974,7 +1093,6 @@ class ForwardPlan:
             counter = allocate(1, dtype=torch.int32, device=q.device)
         if self.value_sums is not None:
             value_sums = self.value_sums(v, seen, counter)
-        is_direct = shape.residual == "direct"
         arguments = (
             *self.describe(
                 q,
@@ -982,11 +1100,13 @@ class ForwardPlan:
                 v,
                 v if shape.has_own else None,
                 residual if shape.residual == "tile" else None,
-                None if is_direct else result.out,
-                result.excess,
+                None if shape.is_direct else result.out,
+                result.excess if shape.has_room else None,
             ),
-            residual if is_direct else None,
-            result.out if is_direct else None,
+            v if shape.gathers_own else None,
+            residual if shape.residual == "direct" else None,
+            result.out if shape.is_direct else None,
+            None if shape.has_room else result.excess,
             result.lse,
             result.row_stats,
             value_sums,

@@ -13,6 +13,8 @@ Barriers, all in one array; the parities of a stage count the tiles (`step`) of 
 Fused, the two consumers also add to dq = dS k, in float32 and in no fixed order: dS^T goes through
 shared memory, twice (`step % 2`), with one named barrier of the consumers between writes and reads.
 They write dS^T of step + 2 behind the barrier of step + 1, ahead of which they read that of step.
+
+Registers do not hold both sums of the widest heads: two launches make dv, without V, and dk.
 """
 
 from __future__ import annotations
@@ -59,12 +61,15 @@ class DkdvShape(Shape):
         consumers: warpgroups, of 64 keys each.
         block_t, stages: queries of a tile, and how many tiles are in flight.
         is_centered, has_identity: which terms there are.
+        makes_dk, makes_dv: which of the two sums.
         is_fused: whether dq is summed here, by two consumers, in half tiles of 64 times 64.
     """
 
     consumers: int
     block_t: int
     stages: int
+    makes_dk: bool
+    makes_dv: bool
     is_centered: bool
     has_identity: bool
     is_fused: bool = False
@@ -76,8 +81,13 @@ class DkdvShape(Shape):
 
     @property
     def terms(self) -> int:
-        """Row terms that are read: t, delta / |b| and, if centred, c / n."""
-        return 3 if self.is_centered else 2
+        """Row terms that are read: t, delta / |b| and, for dv if centred, c / n."""
+        return 3 if self.is_centered and self.makes_dv else 2
+
+    @property
+    def key_tiles(self) -> int:
+        """Tiles of k and v in shared memory: of v none for dv alone."""
+        return self.consumers * (2 if self.makes_dk else 1)
 
     @property
     def has_units(self) -> bool:
@@ -264,7 +274,7 @@ def _producer(every, c: gl.constexpr, C: gl.constexpr):
                 tma_load(
                     descriptors.row_terms, at, full, memory.terms.index(C.terms * stage + plane)
                 )
-            if step == 0:
+            if C.makes_dk and step == 0:
                 _load_keys(descriptors.v, where, bars.index(V_FULL), memory.keys, C.consumers, C)
             full = _ring(bars, D_OUT_FULL, step, C)
             mbarrier.expect(full, descriptors.d_out.block_type.nbytes)
@@ -400,7 +410,7 @@ def _step(
     C: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Add a tile of queries to dk and dv, and the keys to its dq.
+    """Add a tile of queries to dk and dv, one of them or both, and the keys to its dq.
 
     first_queries: the first query that sees each key. dq_sums: this consumer's part of the dq of
     the first tile.
@@ -410,7 +420,6 @@ def _step(
     # 0, but the addresses of k and v are then formed here, not kept in registers.
     zero = step >> 30
     k = memory.keys.index(c + zero).reshape([ROWS, C.width])
-    v = memory.keys.index(C.consumers + c + zero).reshape([ROWS, C.width])
     q = memory.queries.index(stage).reshape([C.block_t, C.width])
     d_out = memory.queries.index(C.stages + stage).reshape([C.block_t, C.width])
     # [ROWS, block_t]
@@ -419,37 +428,50 @@ def _step(
     mbarrier.wait(_ring(memory.bars, Q_FULL, step, C), parity)
     scores = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
     mbarrier.wait(_ring(memory.bars, D_OUT_FULL, step, C), parity)
-    d_weights = warpgroup_mma(v, d_out.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    if C.makes_dk:
+        v = memory.keys.index(C.consumers + c + zero).reshape([ROWS, C.width])
+        d_weights = warpgroup_mma(v, d_out.permute([1, 0]), zeros, use_acc=False, is_async=True)
     exponent = _row_term(memory.terms, EXPONENT, stage, C)
-    scores = warpgroup_mma_wait(1, deps=[scores])
+    scores = warpgroup_mma_wait(1 if C.makes_dk else 0, deps=[scores])
     weights = gl.exp2(scores * factors.logit - exponent)
-    value_weights = weights
-    if not C.signs_dv:
-        value_weights = weights * factors.weight
-    if C.is_centered:
-        center_weight = _row_term(memory.terms, CENTER_WEIGHT, stage, C)
-        if C.lifts_weights:
-            center_weight *= factors.center
-        value_weights -= center_weight
+    if C.makes_dv:
+        value_weights = weights
+        if not C.signs_dv:
+            value_weights = weights * factors.weight
+        if C.is_centered:
+            center_weight = _row_term(memory.terms, CENTER_WEIGHT, stage, C)
+            if C.lifts_weights:
+                center_weight *= factors.center
+            value_weights -= center_weight
     if MASKED:
         hidden = before(first_queries - tile * C.block_t, C.block_t, C.scores)
         weights = gl.where(hidden, 0.0, weights)
-        value_weights = gl.where(hidden, 0.0, value_weights)
-    value_weights = gl.convert_layout(value_weights.to(C.dtype), C.weights)
-    dv = warpgroup_mma(value_weights, d_out, dv, is_async=True)
-    d_weights = warpgroup_mma_wait(1, deps=[d_weights])
-    delta = _row_term(memory.terms, DELTA, stage, C)
-    if C.has_units:
-        delta *= factors.delta
-    d_scores = (weights * (factors.d_weight * d_weights - delta)).to(C.dtype)
-    operand = gl.convert_layout(d_scores, C.weights)
-    if C.is_fused:
-        dq = _start_dq(d_scores, memory, step, zero, c, C)
-    dk = warpgroup_mma(operand, q, dk, is_async=True)
-    if C.is_fused:
-        dq, dv, value_weights = warpgroup_mma_wait(1, deps=[dq, dv, value_weights])
-        _add_dq(dq, dq_sums + tile.to(gl.int64) * (2 * ROWS * HALF), C)
-    dk, dv, value_weights, operand = warpgroup_mma_wait(0, deps=[dk, dv, value_weights, operand])
+        if C.makes_dv:
+            value_weights = gl.where(hidden, 0.0, value_weights)
+    if C.makes_dv:
+        value_weights = gl.convert_layout(value_weights.to(C.dtype), C.weights)
+        dv = warpgroup_mma(value_weights, d_out, dv, is_async=True)
+    if C.makes_dk:
+        d_weights = warpgroup_mma_wait(1 if C.makes_dv else 0, deps=[d_weights])
+        delta = _row_term(memory.terms, DELTA, stage, C)
+        if C.has_units:
+            delta *= factors.delta
+        d_scores = (weights * (factors.d_weight * d_weights - delta)).to(C.dtype)
+        operand = gl.convert_layout(d_scores, C.weights)
+        if C.is_fused:
+            dq = _start_dq(d_scores, memory, step, zero, c, C)
+        dk = warpgroup_mma(operand, q, dk, is_async=True)
+        if C.is_fused:
+            dq, dv, value_weights = warpgroup_mma_wait(1, deps=[dq, dv, value_weights])
+            _add_dq(dq, dq_sums + tile.to(gl.int64) * (2 * ROWS * HALF), C)
+    if C.makes_dk and C.makes_dv:
+        dk, dv, value_weights, operand = warpgroup_mma_wait(
+            0, deps=[dk, dv, value_weights, operand]
+        )
+    elif C.makes_dk:
+        dk, operand = warpgroup_mma_wait(0, deps=[dk, operand])
+    else:
+        dv, value_weights = warpgroup_mma_wait(0, deps=[dv, value_weights])
     mbarrier.arrive(_ring(memory.bars, EMPTY, step, C), count=1)
     return dk, dv
 
@@ -503,7 +525,8 @@ def _consumer(every, c: gl.constexpr, C: gl.constexpr):
     dv = gl.zeros([ROWS, C.width], gl.float32, C.outputs)
     if count > 0:
         mbarrier.wait(memory.bars.index(K_FULL), 0)
-        mbarrier.wait(memory.bars.index(V_FULL), 0)
+        if C.makes_dk:
+            mbarrier.wait(memory.bars.index(V_FULL), 0)
     for member in range(C.group):
         head = where.key_head * C.group + member
         factors = _factors(every.gains, head, largest_scale, weight_lift, C)
@@ -527,21 +550,25 @@ def _consumer(every, c: gl.constexpr, C: gl.constexpr):
     inside = ((keys >= where.key_lo) & (keys < where.key_hi))[:, None]
     _meet(C)  # before dk and dv take the place of k and v
     k_tile = memory.keys.index(c)
-    v_tile = memory.keys.index(C.consumers + c)
-    dk = gl.where(inside, largest_scale * dk, 0.0)
-    k_tile.reshape([ROWS, C.width]).store(dk.to(C.dtype))
-    if C.signs_dv:
-        dv *= sign_of(every.gains, where.key_head, C)
-    elif C.lifts_weights:
-        dv *= 1.0 / weight_lift
-    dv = gl.where(inside, dv, 0.0)
-    if C.has_identity:
-        dv = _add_identity(dv, every, where, key, C)
-    v_tile.reshape([ROWS, C.width]).store(dv.to(C.dtype))
+    if C.makes_dk:
+        dk = gl.where(inside, largest_scale * dk, 0.0)
+        k_tile.reshape([ROWS, C.width]).store(dk.to(C.dtype))
+    if C.makes_dv:
+        v_tile = memory.keys.index(C.key_tiles - C.consumers + c)
+        if C.signs_dv:
+            dv *= sign_of(every.gains, where.key_head, C)
+        elif C.lifts_weights:
+            dv *= 1.0 / weight_lift
+        dv = gl.where(inside, dv, 0.0)
+        if C.has_identity:
+            dv = _add_identity(dv, every, where, key, C)
+        v_tile.reshape([ROWS, C.width]).store(dv.to(C.dtype))
     fence_async_shared()
     barrier()
-    tma_store(every.descriptors.dk, [where.batch, where.key_head, key, 0], k_tile)
-    tma_store(every.descriptors.dv, [where.batch, where.key_head, key, 0], v_tile)
+    if C.makes_dk:
+        tma_store(every.descriptors.dk, [where.batch, where.key_head, key, 0], k_tile)
+    if C.makes_dv:
+        tma_store(every.descriptors.dv, [where.batch, where.key_head, key, 0], v_tile)
     tma.store_wait(0)
 
 
@@ -589,7 +616,7 @@ def attention_bwd_dkdv_kernel(
         d_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, C.block_t], C.dtype)
         d_scores = gl.allocate_shared_memory(C.dtype, [2 * C.consumers, ROWS, C.block_t], d_layout)
     memory = Memory(
-        gl.allocate_shared_memory(C.dtype, [2 * C.consumers, 1, 1, ROWS, C.width], k_layout),
+        gl.allocate_shared_memory(C.dtype, [C.key_tiles, 1, 1, ROWS, C.width], k_layout),
         gl.allocate_shared_memory(C.dtype, [2 * C.stages, 1, 1, C.block_t, C.width], q_layout),
         terms,
         d_scores,

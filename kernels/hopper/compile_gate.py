@@ -177,6 +177,8 @@ def compile_case(case: Case) -> list[Row]:
 def _name(case: Case, function: str, shape) -> str:
     if function == "attention_fwd_kernel":
         return f"forward {shape.form}" + (" dynamic" if shape.is_dynamic else "")
+    if function == "attention_bwd_dkdv_kernel" and not (shape.makes_dk and shape.makes_dv):
+        return "dk" if shape.makes_dk else "dv"
     name = function.removeprefix("attention_bwd_").removesuffix("_kernel")
     return "fused" if getattr(shape, "is_fused", False) else name
 

@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 from ..families import triton_release
 
-WIDTHS = (64, 128)
+WIDTHS = (64, 128, 256)
 """Columns of a tile: head dimensions up to the larger run, in the next width that holds them."""
+
+MOST_COLUMNS_AT_ONCE = 128
+"""Width up to which shared memory holds results of a forward too, and registers dk with dv."""
 
 
 class ForwardTile(NamedTuple):
@@ -32,6 +35,7 @@ class ForwardTile(NamedTuple):
 _FORWARD = {
     64: ForwardTile(3, 128, 3, "product", True),
     128: ForwardTile(2, 128, 2, "packed", True),
+    256: ForwardTile(2, 64, 2, "packed", True),  # not measured
 }
 _FORWARD_3_9 = _FORWARD | {64: ForwardTile(3, 64, 4, "product", True)}
 
@@ -53,18 +57,22 @@ class DqTile(NamedTuple):
     is_pinned: bool
 
 
-# By width, and whether there is a causal mask.
+# By width, and whether there is a causal mask. No tile of width 256 has been measured.
 _DKDV = {
     (64, False): DkdvTile(2, 128, 2),
     (64, True): DkdvTile(3, 64, 3),
     (128, False): DkdvTile(2, 64, 2),
     (128, True): DkdvTile(2, 64, 2),
+    (256, False): DkdvTile(2, 32, 2),
+    (256, True): DkdvTile(2, 32, 2),
 }
 _DQ = {
     (64, False): DqTile(3, 64, 3, True),
     (64, True): DqTile(3, 64, 3, True),
     (128, False): DqTile(3, 64, 2, True),
     (128, True): DqTile(2, 128, 2, False),
+    (256, False): DqTile(2, 32, 2, True),
+    (256, True): DqTile(2, 32, 2, True),
 }
 # By width, and whether there is a causal mask: dk, dv and dq in one kernel.
 _FUSED = {

@@ -48,6 +48,13 @@ CASES = {
     "odd_head_dims": Case(1, 2, 1, 140, 530, 17, 5, is_causal=True, residual_dtype=torch.float32),
     "one_query": Case(2, 2, 1, 1, 600, 128, is_causal=True, residual_dtype=...),
     "one_key": Case(1, 1, queries=130, keys=1, head_dim=64),
+    # Wider heads: results, own rows of v and sums of v by key directly.
+    "widest_causal": Case(
+        2, 2, 1, 150, 533, 256, is_causal=True, residual_dtype=..., padding="both"
+    ),
+    "widest_full": Case(1, 1, queries=70, keys=530, head_dim=192, residual_dtype=torch.float32),
+    "widest_short": Case(1, 1, queries=130, keys=90, head_dim=136, value_dim=256, is_causal=True),
+    "widest_values": Case(1, 1, queries=140, head_dim=64, value_dim=192, is_causal=True),
 }
 
 
@@ -107,7 +114,9 @@ def test_forward(name, kind, hopper, device):
     compare(hopper, device, of_dtype(CASES[name], BF16), kind)
 
 
-@pytest.mark.parametrize("name", ["short", "ragged_causal", "ragged_full", "odd_head_dims"])
+@pytest.mark.parametrize(
+    "name", ["short", "ragged_causal", "ragged_full", "odd_head_dims", "widest_causal"]
+)
 def test_forward_in_float16(name, hopper, device):
     compare(hopper, device, of_dtype(CASES[name], FP16), "learned")
 
@@ -128,7 +137,7 @@ def scheduled(schedule: str):
 
 
 @pytest.mark.parametrize("kind", ["fixed", "plain"])
-@pytest.mark.parametrize("name", ["ragged_causal", "left_padding", "ragged_full"])
+@pytest.mark.parametrize("name", ["ragged_causal", "left_padding", "ragged_full", "widest_full"])
 def test_bits_do_not_depend_on_the_schedule(name, kind, hopper, device):
     found = []
     for seed, schedule in enumerate(("grid", "rounds", "dynamic", "dynamic")):
@@ -140,7 +149,7 @@ def test_bits_do_not_depend_on_the_schedule(name, kind, hopper, device):
         assert all(torch.equal(x, other[name]) for name, x in first.items())
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("logit_std", [0.03, 1.0, 8.0, 300.0])
 def test_centred_term(logit_std, dtype, head_dim, hopper, device):
@@ -176,10 +185,11 @@ def test_a_row_with_one_key_returns_its_value(hopper, device):
     assert torch.equal(out, v[:, :, :1].expand_as(out))
 
 
+@pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("is_centered", [True, False])
-def test_what_is_saved(is_centered, hopper, device):
+def test_what_is_saved(is_centered, head_dim, hopper, device):
     """The backward's tensors, of rows without keys too."""
-    q, k, v = torch.randn(3, 2, 2, 530, 128, device=device).to(BF16)
+    q, k, v = torch.randn(3, 2, 2, 530, head_dim, device=device).to(BF16)
     key_start = torch.tensor([0, 260], dtype=torch.int32, device=device)
     visibility = Visibility(True, 0, key_start, None)
     gains = (0.0, 1.0, float(is_centered), 1.0, 1.0, 0.1)
@@ -223,7 +233,7 @@ HARMLESS = {
     "attention_fwd_kernel: barrier() left out #1": "the start of the partitions is a barrier",
     "_effect: gl.inline_asm_elementwise(TEXT, '=r', [], dtype=gl.int32, is_pure=False, pack=1) "
     "left out #1": "turns are for speed",
-    "_finish: barrier() left out #1": "it is for the warps of one partition, which the emulator "
+    "_write: barrier() left out #1": "it is for the warps of one partition, which the emulator "
     "runs as one",
 }
 
@@ -259,6 +269,7 @@ def test_no_synchronisation_can_be_left_out(hopper):
         {"head_dim": 64, "residual_dtype": torch.float32, "schedule": "rounds"},
         {"head_dim": 64, "residual_dtype": BF16, "logit_std": 300.0},
         {"head_dim": 64, "residual_dtype": BF16, "keys": 60},
+        {"head_dim": 256, "residual_dtype": BF16, "keys": 60},
     ]
     calls = [(call, results(**call)) for call in calls]
 
