@@ -1,7 +1,8 @@
 """The operator beside its peers: forward, backward, and both, each checked against float64 first.
 
 An entry's time is that of the operator in times of its fastest plain peer in the same round; what
-both took, and more, is in `extra_info`.
+both took, and more, is in `extra_info`: which family of kernels ran, and where those for Hopper can
+run, times and ratios of each family.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from cases import CPU_CASES, GPU_CASES, GRAPH_LENGTH, PASSES, AttentionCase
 from timing import Step
 
-from shaped_attn.testing import Case
+from shaped_attn.testing import Case, record_families
 
 CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
 FLOPS = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
@@ -38,8 +39,8 @@ class Entry:
         self._expected: dict[bool, peers.Expected] = {}
         self.left_out: dict[str, str] = {}
         ours = peers.ours(self.problem)
-        self._run_once(ours)
-        self.candidates = {"ours": ours}
+        self.family = self._run_once(ours)
+        self.candidates = {"ours": ours, **self._families()}
         for name in case.peers:
             try:
                 candidate = peers.PEERS[name](case, self.problem)
@@ -56,15 +57,34 @@ class Entry:
         self.is_composable = case.form in ("fixed", "learnable")
         self._compositions: dict[str, peers.Candidate] = {}
 
-    def _run_once(self, candidate: peers.Candidate) -> None:
-        self.step(candidate, "forward").run(None)
-        if not self.is_checked:
-            self.step(candidate, "forward+backward").run(None)
-            return
-        is_whole = candidate.is_whole
-        if is_whole not in self._expected:
-            self._expected[is_whole] = peers.expected(self.case, self.problem, is_whole)
-        peers.check(self.case, self.problem, candidate, self._expected[is_whole])
+    def _families(self) -> dict[str, peers.Candidate]:
+        """The operator with each family of kernels, if the Hopper kernels take the case."""
+        found = {}
+        for name, (family, _) in peers.FAMILIES.items():
+            try:
+                candidate = peers.ours_of(self.problem, name)
+                ran = self._run_once(candidate)
+            except peers.NotHere:
+                return {}
+            if ran != family:  # it is "ours" already
+                return {}
+            found[name] = candidate
+        return found
+
+    def _run_once(self, candidate: peers.Candidate) -> str | None:
+        """Run and check a candidate; return the family of our kernels that ran, if any."""
+        with record_families() as families:
+            self.step(candidate, "forward").run(None)
+            if not self.is_checked:
+                self.step(candidate, "forward+backward").run(None)
+            else:
+                is_whole = candidate.is_whole
+                if is_whole not in self._expected:
+                    self._expected[is_whole] = peers.expected(self.case, self.problem, is_whole)
+                with candidate.chosen():
+                    right = self._expected[is_whole]
+                    peers.check(self.case, self.problem, candidate, right)
+        return " and ".join(sorted(families)) or None
 
     def composition(self, base: str) -> peers.Candidate:
         """The composition with this peer, compiled: one graph with autograd and one without."""
@@ -81,16 +101,25 @@ class Entry:
         """One pass of a candidate. A forward alone is that of inference, without autograd."""
         names = candidate.names(self.problem)
         inputs = {name: self.problem.tensors[name] for name in names}
-        if which == "forward":
-            return Step(torch.no_grad()(lambda _: candidate.function(inputs)))
         leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
 
-        def differentiate(out):
-            return torch.autograd.grad(out, list(leaves.values()), self.problem.d_out.to(out))
+        def infer(_):
+            with candidate.chosen(), torch.no_grad():
+                return candidate.function(inputs)
 
+        def run(_=None):
+            with candidate.chosen():
+                return candidate.function(leaves)
+
+        def differentiate(out):
+            with candidate.chosen():
+                return torch.autograd.grad(out, list(leaves.values()), self.problem.d_out.to(out))
+
+        if which == "forward":
+            return Step(infer)
         if which == "backward":
-            return Step(differentiate, lambda: candidate.function(leaves))
-        return Step(lambda _: differentiate(candidate.function(leaves)))
+            return Step(differentiate, run)
+        return Step(lambda _: differentiate(run()))
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +150,8 @@ def test_attention(case, which, benchmark, entry_of, stopwatch, ceilings, is_com
             entry.composition(base)
         pytest.skip("compiled")
     steps = {name: entry.step(x, which) for name, x in entry.candidates.items()}
+    if which == "forward":
+        steps.pop("ours-hopper-any-order", None)  # has the same forward
     composition = None
     if entry.is_composable:
         base = stopwatch.fastest({name: steps[name] for name in entry.bases})
@@ -142,6 +173,7 @@ def test_attention(case, which, benchmark, entry_of, stopwatch, ceilings, is_com
         "form": case.form,
         "pass": which,
         **sizes_of(case),
+        "family": entry.family,
         "left_out": entry.left_out,
         "times": describe(case, which, seconds),
         **ratios(seconds, entry.plain, composition),
@@ -217,6 +249,11 @@ def ratios(
     if composition is not None:
         found["composition"] = composition
         found["speed_vs_composition"] = round(medians[composition] / medians["ours"], 4)
+    if "ours-hopper" in medians:
+        hopper = medians["ours-hopper"]
+        found["hopper_vs_portable"] = round(medians["ours-portable"] / hopper, 4)
+        if "ours-hopper-any-order" in medians:
+            found["any_order_vs_fixed"] = round(hopper / medians["ours-hopper-any-order"], 4)
     return found
 
 

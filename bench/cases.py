@@ -35,6 +35,8 @@ CPU_PEERS = ("sdpa", "eager")
 class AttentionCase(NamedTuple):
     """One case: sizes, a row of `FORMS`, the peers beside it and the set it belongs to.
 
+    `peers.FAMILIES` are beside every case that the Hopper kernels take.
+
     The set is "gates" (what `make gpu` runs, and gates are asked of), "default" or "extended"
     (which only runs when it is asked for).
     """

@@ -1,4 +1,4 @@
-"""The operator, its peers, and the composition that computes the same from a peer.
+"""The operator, by family of kernels too, its peers, and the composition that does as much.
 
 A candidate takes the tensors of a `Problem` by name and returns the output. "plain" candidates
 compute softmax attention alone, which is less work; "whole" ones the whole formula.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from shaped_attn import ESPA, USPA, shaped_attention
+from shaped_attn.fidelity import check_family
 from shaped_attn.testing import assert_within_budget, eager_attention, forward_backward
 
 GAINS = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain")
@@ -44,12 +46,22 @@ class Problem(NamedTuple):
 class Candidate(NamedTuple):
     """A function to time, and whether it computes the whole formula of the case or plain softmax.
 
-    is_composition: whether it is torch's attention plus a compiled epilogue.
+    is_composition: whether it is torch's attention plus a compiled epilogue. family: of our
+    kernels, chosen for the function and its derivative; None for the choice in force, and of peers.
     """
 
     function: Function
     is_whole: bool
     is_composition: bool = False
+    family: str | None = None
+
+    def chosen(self) -> AbstractContextManager[None]:
+        """Choose its family of kernels."""
+        if self.family is None:
+            return nullcontext()
+        from shaped_attn.kernels import use_family
+
+        return use_family(self.family)
 
     def names(self, problem: Problem) -> list[str]:
         """Tensors that it takes, all differentiated."""
@@ -97,6 +109,32 @@ def ours(problem: Problem, impl: str = "auto") -> Candidate:
     """The operator."""
     return Candidate(
         lambda tensors: shaped_attention(**tensors, **problem.options, impl=impl), is_whole=True
+    )
+
+
+# Beside the operator with the family that "auto" picks, where the Hopper kernels run: the family,
+# and whether sums have a fixed order, which is the backward's alone.
+FAMILIES = {
+    "ours-hopper": ("hopper", True),
+    "ours-hopper-any-order": ("hopper", False),
+    "ours-portable": ("portable", True),
+}
+
+
+def ours_of(problem: Problem, name: str) -> Candidate:
+    """The operator with an entry of `FAMILIES`.
+
+    Raises:
+        NotHere: this is no Hopper GPU, or Triton none that its kernels are for.
+    """
+    family, deterministic = FAMILIES[name]
+    try:
+        check_family("hopper", problem.d_out.device)
+    except (ValueError, ImportError) as error:  # or there is no Triton
+        raise NotHere(str(error)) from error
+    options = {**problem.options, "deterministic": deterministic, "impl": "triton"}
+    return Candidate(
+        lambda tensors: shaped_attention(**tensors, **options), is_whole=True, family=family
     )
 
 

@@ -56,7 +56,8 @@ class Recorder:
     def __init__(self, config, path: Path) -> None:
         self.config = config
         self.path = path
-        self.key = {"sources": sources(), "device": device_folder().name}
+        family = os.environ.get("SHAPED_ATTN_FAMILY", "auto")  # of kernels, for "ours"
+        self.key = {"sources": sources(), "device": device_folder().name, "family": family}
         if path.exists():
             self.report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if any(self.report.get(name) != value for name, value in self.key.items()):

@@ -432,18 +432,22 @@ def check_family(family: str, device: torch.device | str) -> None:
     """
     from .kernels import families, launch
 
-    arch = launch.architecture(torch.empty(0, device=device))
-    sizes: dict[str, Any] = {"head_dim": 64, "value_dim": 64, "rows": 1, "group": 1}
+    if family != "hopper":
+        return
+    x = torch.empty(0, device=device)
     ran = families.pick_family(
-        arch,
+        launch.architecture(x) if x.is_cuda or launch.is_interpreted() else x.device.type,
         torch.bfloat16,
-        **sizes,
+        head_dim=64,
+        value_dim=64,
         weighed_by=None,
+        rows=1,
+        group=1,
         fits_tma=True,
         release=families.triton_release(),
         choice=family,
     )
-    if family == "hopper" and ran != family:  # with a warning that says which
+    if ran != family:  # a warning has said which releases will do
         raise ValueError("the family of kernels 'hopper' needs another release of Triton")
 
 

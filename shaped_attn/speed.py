@@ -1,8 +1,9 @@
 """What `pytest bench` measured, read, judged, tabulated and drawn.
 
 Its JSON files are those of pytest-benchmark. What is used of an entry is its ``extra_info``: a case
-and a pass, times by name, those of the operator as "ours", and ratios of medians. Speeds are
-relative to another candidate's, so that larger is better; memory is relative too.
+and a pass, times by name, those of the operator as "ours" ("ours-" and a name: of one family of
+its kernels), and ratios of medians. Speeds are relative to another candidate's, so that larger is
+better; memory is relative too.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def tables(report: Report) -> list[Table]:
     if report.attention:
         table = make(
             "shaped attention; speed relative to the fastest plain peer and to the composition",
-            *("case", "pass", "ms", "TFLOP/s", "/ plain", "/ compos.", "memory"),
+            *("case", "pass", "ms", "TFLOP/s", "/ plain", "/ compos.", "memory", "kernels"),
         )
         for entry in report.attention:
             ours = entry["times"]["ours"]
@@ -208,6 +209,23 @@ def tables(report: Report) -> list[Table]:
                 f"{entry['speed_vs_plain']:.2f}",
                 _ratio(entry, "speed_vs_composition"),
                 _ratio(entry, "memory_vs_cudnn"),
+                entry.get("family") or "-",
+            )
+        found.append(table)
+    compared = [entry for entry in report.attention if "hopper_vs_portable" in entry]
+    if compared:
+        table = make(
+            "kernels for Hopper; speed relative to the portable ones, and with sums in any order "
+            "relative to a fixed one",
+            *("case", "pass", "auto picks", "/ portable", "any order"),
+        )
+        for entry in compared:
+            table.add_row(
+                _title(entry),
+                _SHORT[entry["pass"]],
+                entry["family"],
+                _ratio(entry, "hopper_vs_portable"),
+                _ratio(entry, "any_order_vs_fixed"),
             )
         found.append(table)
     if report.others:

@@ -214,6 +214,14 @@ def summarize_speed(record: Path) -> list[str]:
         for gate in report["gates"]
         if not gate["met"]
     ]
+    for entry in (entry["extra_info"] for entry in report["benchmarks"]):
+        if "hopper_vs_portable" in entry:
+            any_order = entry.get("any_order_vs_fixed")
+            lines.append(
+                f"speed of hopper / portable {entry['hopper_vs_portable']:.2f}"
+                + (f", any order / fixed {any_order:.2f}" if any_order else "")
+                + f", auto picks {entry['family']}: {entry['case']}, {entry['pass']}"
+            )
     lines += [f"FAILED {name}" for name in report["failures"]]
     not_finished = [*report["not_finished"], report["running"]]
     lines += [f"not finished: {name}" for name in not_finished if name]

@@ -125,6 +125,20 @@ def test_at_the_limit_the_report_names_what_did_not_finish(runner, record, tmp_p
     assert (report["passed"], report["not_finished"]) == (1, ["a.py::two"])
 
 
+def test_ratios_of_families_are_printed(runner, tmp_path):
+    entry = {"case": "a", "pass": "forward", "family": "hopper", "hopper_vs_portable": 1.499}
+    other = entry | {"pass": "backward", "any_order_vs_fixed": 1.25, "family": "portable"}
+    plain = {"case": "b", "pass": "forward", "family": "portable"}
+    record = tmp_path / "speed.json"
+    report = dict.fromkeys(("gates", "failures", "not_finished"), ()) | {"running": None}
+    report["benchmarks"] = [{"extra_info": x} for x in (entry, other, plain)]
+    record.write_text(json.dumps(report))
+    assert runner.summarize_speed(record)[1:] == [
+        "speed of hopper / portable 1.50, auto picks hopper: a, forward",
+        "speed of hopper / portable 1.50, any order / fixed 1.25, auto picks portable: a, backward",
+    ]
+
+
 def test_the_benchmark_goes_on_after_a_crash_and_a_hang(runner, monkeypatch, tmp_path):
     (tmp_path / "conftest.py").write_text(
         "from importlib import util\n"
