@@ -684,6 +684,7 @@ def _render(table: Table, device: torch.device, quantities: tuple[str, ...] | No
 
     The last column is the largest share of its budget that an error of the row takes up.
     """
+    from rich.console import Group
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -691,14 +692,9 @@ def _render(table: Table, device: torch.device, quantities: tuple[str, ...] | No
 
     where = "interpreter" if table.impl == "triton" and device.type == "cpu" else device
     kernels = "" if table.family is None else f", {table.family} kernels"
-    drawn = RichTable(
-        title=f"\n{table.impl} ({where}), {table.dtype}, T = {table.length}, {table.regime}"
-        + kernels,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-    )
+    # A title of the table itself would be wrapped at the table's width.
+    title = f"{table.impl} ({where}), {table.dtype}, T = {table.length}, {table.regime}{kernels}"
+    drawn = RichTable(box=None, pad_edge=False)
     drawn.add_column("logit std", no_wrap=True)
     for logit_std in table.logit_stds:
         drawn.add_column(f"{logit_std:g}", justify="right", no_wrap=True)
@@ -720,7 +716,7 @@ def _render(table: Table, device: torch.device, quantities: tuple[str, ...] | No
         composed = [m.composed_error for m in row if m.composed_error is not None]
         if composed:
             drawn.add_row("  composed", *map(fidelity.format_error, composed), "", style="dim")
-    return drawn
+    return Group(Text(f"\n{title}", style="bold"), drawn)
 
 
 def _print_summary(report: FidelityReport, console: Console) -> None:

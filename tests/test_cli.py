@@ -91,7 +91,8 @@ def test_check_names_the_family_that_ran(device):
     assert {row["family"] for row in report.to_dict()["measurements"]} == {"portable"}
     assert report.settings["family"] == "portable"
     (table,) = fidelity.tables(report)
-    assert cli._render(table, device).title.endswith("fp32, T = 16, sink key, portable kernels")
+    title, _ = cli._render(table, device).renderables
+    assert title.plain.endswith("fp32, T = 16, sink key, portable kernels")
 
 
 def test_hopper_kernels_are_refused_before_any_work_where_there_is_no_hopper(device, monkeypatch):

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from shaped_attn import fidelity, shaped_attention
+from shaped_attn import cli, fidelity, shaped_attention
 
 CALLS = fidelity.hopper_calls(40)
 
@@ -94,3 +95,22 @@ def test_other_bits_exceed_their_budget(hopper, device):
     with hopper():
         report = fidelity.measure_calls([call], attention=attention, **options)
     assert [m.quantity for m in report.failures] == [fidelity.REPEATS]
+
+
+def test_the_command(hopper, monkeypatch):
+    monkeypatch.setattr(fidelity, "hopper_calls", lambda length: CALLS[:1])
+    monkeypatch.setattr(fidelity, "QUICK_CALL_LOGIT_STDS", (1.0,))
+    with hopper():
+        result = CliRunner().invoke(
+            cli.cli, ["check", "--family", "hopper", "--quick", "--length=40"]
+        )
+    assert result.exit_code == 0, result.output
+    printed = " ".join(result.stdout.split())
+    for part in (
+        "hopper kernels",
+        CALLS[0].case.id,
+        fidelity.REPEATS,
+        "grad scale",
+        "All 13 errors",
+    ):
+        assert part in printed
