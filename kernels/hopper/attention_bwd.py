@@ -21,7 +21,16 @@ from .bwd_dkdv import DkdvShape, attention_bwd_dkdv_kernel
 from .bwd_dq import DqShape, attention_bwd_dq_kernel
 from .descriptors import DTYPES, Describe
 from .primitives import MOST_REGISTERS, Constants
-from .tiles import MOST_COLUMNS_AT_ONCE, dkdv_tile, dq_tile, fused_tile, heads_together, width_of
+from .tiles import (
+    MOST_COLUMNS_AT_ONCE,
+    DkdvTile,
+    dkdv_tile,
+    dq_tile,
+    dv_tile,
+    fused_tile,
+    heads_together,
+    width_of,
+)
 
 if TYPE_CHECKING:
     from ..attention import AttentionGradients, Call, ForwardResult, Needs
@@ -31,14 +40,20 @@ class _Dkdv:
     """Launch of the gradients of k and v; fused, it adds those of q to `dq_sums`."""
 
     def __init__(
-        self, call: Call, d_out: torch.Tensor, is_fused: bool, makes_dk: bool, makes_dv: bool
+        self,
+        call: Call,
+        d_out: torch.Tensor,
+        tile: DkdvTile,
+        makes_dk: bool = True,
+        makes_dv: bool = True,
+        is_fused: bool = False,
     ) -> None:
         B, H, T, _ = call.q.shape
         HKV, S, DV = call.v.shape[1:]
         constants = _constants(call)
         width, is_causal = constants["width"], constants["is_causal"]
         shape = DkdvShape(
-            *(fused_tile if is_fused else dkdv_tile)(width, is_causal),
+            *tile,
             **constants,
             makes_dk=makes_dk,
             makes_dv=makes_dv,
@@ -89,8 +104,10 @@ class _DvThenDk:
     """Launches of the gradients of v and of k: one after the other where one kernel cannot."""
 
     def __init__(self, call: Call, d_out: torch.Tensor) -> None:
-        self.dv = _Dkdv(call, d_out, False, makes_dk=False, makes_dv=True)
-        self.dk = _Dkdv(call, d_out, False, makes_dk=True, makes_dv=False)
+        width = width_of(call.q.shape[3], call.v.shape[3])
+        self.dv = _Dkdv(call, d_out, dv_tile(width), makes_dk=False)
+        tile = dkdv_tile(width, call.visibility.is_causal)
+        self.dk = _Dkdv(call, d_out, tile, makes_dv=False)
 
     def __call__(self, *arguments) -> None:
         self.dv(*arguments)
@@ -203,10 +220,12 @@ class BackwardPlan:
         self.is_fused = not is_deterministic and _can_fuse(call)
         self.preprocess = Preprocess(call, d_out, needs)
         self.rounds_d_out = d_out.dtype != call.v.dtype or not launch.fits_tma(d_out)
-        if width_of(call.q.shape[3], call.v.shape[3]) <= MOST_COLUMNS_AT_ONCE:
-            self.dkdv = _Dkdv(call, d_out, self.is_fused, makes_dk=True, makes_dv=True)
-        else:
+        width, is_causal = width_of(call.q.shape[3], call.v.shape[3]), call.visibility.is_causal
+        if width > MOST_COLUMNS_AT_ONCE:
             self.dkdv = _DvThenDk(call, d_out)
+        else:
+            tile = (fused_tile if self.is_fused else dkdv_tile)(width, is_causal)
+            self.dkdv = _Dkdv(call, d_out, tile, is_fused=self.is_fused)
         self.dq = _ConvertDq(call, needs) if self.is_fused else _Dq(call, needs)
 
     def __call__(

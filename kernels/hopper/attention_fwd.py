@@ -164,9 +164,9 @@ class ForwardShape(Shape):
         return accumulator(64)
 
     @property
-    def half(self) -> gl.NVMMADistributedLayout:
-        """Layout of half of the columns of a tile of results."""
-        return accumulator(self.width // 2)
+    def quarter(self) -> gl.NVMMADistributedLayout:
+        """Layout of a quarter of the columns of a tile of results."""
+        return accumulator(self.width // 4)
 
 
 class Memory(NamedTuple):
@@ -730,17 +730,21 @@ def _finish(every, where, turn, ends, acc, sums, m, u, c: gl.constexpr, C: gl.co
     if C.has_room:
         _write(every, where, turn, ends, acc, of_rows, 0, c, C, C.outputs)
     else:
-        # Half by half: all terms of all columns do not fit the registers.
-        left, right = _halves(acc, C)
-        _write(every, where, turn, ends, left, of_rows, 0, c, C, C.half)
-        _write(every, where, turn, ends, right, of_rows, C.width // 2, c, C, C.half)
+        # A quarter at a time: all terms of all columns do not fit the registers.
+        left, right = _halves(acc)
+        first, second = _halves(left)
+        third, fourth = _halves(right)
+        _write(every, where, turn, ends, first, of_rows, 0, c, C, C.quarter)
+        _write(every, where, turn, ends, second, of_rows, C.width // 4, c, C, C.quarter)
+        _write(every, where, turn, ends, third, of_rows, C.width // 2, c, C, C.quarter)
+        _write(every, where, turn, ends, fourth, of_rows, 3 * C.width // 4, c, C, C.quarter)
 
 
 @gluon.jit
-def _halves(x, C: gl.constexpr):
-    """[ROWS, width] as two tensors of half of the columns."""
-    left, right = gl.split(x.reshape([ROWS, 2, C.width // 2]).permute([0, 2, 1]))
-    return gl.convert_layout(left, C.half), gl.convert_layout(right, C.half)
+def _halves(x):
+    """[ROWS, N] as its left and right columns, [ROWS, N / 2]."""
+    left, right = gl.split(x.reshape([ROWS, 2, x.shape[1] // 2]).permute([0, 2, 1]))
+    return left, right
 
 
 @gluon.jit
@@ -783,6 +787,7 @@ def _write(
     if C.bytes_at_the_end > 0:
         mbarrier.wait(_own(memory.bars, OWN_FULL, c, C), turn & 1)
     # [ROWS, columns]
+    acc = gl.convert_layout(acc, layout)
     excess = acc * gl.convert_layout(inverse_normalizer, rows_of)[:, None]
     out = softmax_gain * excess
     if C.is_centered:

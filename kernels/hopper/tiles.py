@@ -63,16 +63,18 @@ _DKDV = {
     (64, True): DkdvTile(3, 64, 3),
     (128, False): DkdvTile(2, 64, 2),
     (128, True): DkdvTile(2, 64, 2),
-    (256, False): DkdvTile(2, 32, 2),
-    (256, True): DkdvTile(2, 32, 2),
+    (256, False): DkdvTile(2, 32, 3),
+    (256, True): DkdvTile(2, 32, 3),
 }
+# By width: where dv has a launch of its own.
+_DV = {256: DkdvTile(2, 64, 2)}
 _DQ = {
     (64, False): DqTile(3, 64, 3, True),
     (64, True): DqTile(3, 64, 3, True),
     (128, False): DqTile(3, 64, 2, True),
     (128, True): DqTile(2, 128, 2, False),
-    (256, False): DqTile(2, 32, 2, True),
-    (256, True): DqTile(2, 32, 2, True),
+    (256, False): DqTile(2, 32, 3, True),
+    (256, True): DqTile(2, 32, 3, True),
 }
 # By width, and whether there is a causal mask: dk, dv and dq in one kernel.
 _FUSED = {
@@ -102,8 +104,13 @@ def forward_tile(width: int, is_causal: bool, keys: int) -> ForwardTile:
 
 
 def dkdv_tile(width: int, is_causal: bool) -> DkdvTile:
-    """Tile of the gradients of k and v for one width."""
+    """Tile of the gradients of k and v for one width; of k where `dv_tile` has one."""
     return _DKDV[width, is_causal]
+
+
+def dv_tile(width: int) -> DkdvTile:
+    """Tile of the gradient of v for one width above `MOST_COLUMNS_AT_ONCE`."""
+    return _DV[width]
 
 
 def fused_tile(width: int, is_causal: bool) -> DkdvTile | None:
