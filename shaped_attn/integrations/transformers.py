@@ -31,16 +31,19 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from ..arguments import is_zero
-from ..functional import shaped_attention
+from ..arguments import Gains, is_zero
+from ..functional import is_autocast, shaped_attention
 from ..nn.checks import check_choice, check_number
 from ..nn.gains import GAIN_NAMES, ShapingGains, check_head_gain
+from ..ops import attention_from_gains
 from ..validation import check_flag, fail
+from ..visibility import Visibility
 
 __all__ = [
     "ATTENTION",
     "apply_shaped_attention",
     "configure_shaped_attention",
+    "remove_shaped_attention",
     "shaped_attention_forward",
     "shaped_attention_mask",
 ]
@@ -125,14 +128,7 @@ def apply_shaped_attention(
         >>> model.model.layers[0].self_attn.shaped_gains.identity_gain.shape
         torch.Size([4])
     """
-    if not isinstance(model, PreTrainedModel):
-        fail(
-            TypeError,
-            "model",
-            "must be a transformers.PreTrainedModel",
-            type(model).__name__,
-            "Pass the model itself, not its name, its config or a wrapper of it.",
-        )
+    _check_type(model)
     choice = check_choices(
         identity_gain, softmax_gain, center_gain, scale, trainable_gains, annealable
     )
@@ -206,6 +202,62 @@ def configure_shaped_attention(
         _write(part, choice)
     config._attn_implementation = ATTENTION  # of its parts, too
     return config
+
+
+def remove_shaped_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model plain whose gains have become plain, in place: no output changes.
+
+    What is saved after it loads without shaped_attn.
+
+    Args:
+        model: whose attention is shaped with ``scale="standard"``, and whose identity, softmax and
+            centre gains are now 0, 1 and 0: after ``anneal_gains(model, 1.0)``, for example.
+
+    Returns:
+        ``model``, with the attention "sdpa".
+
+    Raises:
+        TypeError: ``model`` is no `transformers.PreTrainedModel`.
+        ValueError: it has no shaped attention, or one that plain attention does not reproduce.
+    """
+    _check_type(model)
+    found = {
+        path: module for path, module in model.named_modules() if isinstance(module, ShapedGains)
+    }
+    if not found:
+        fail(
+            ValueError,
+            "model",
+            "must have shaped attention",
+            f"a {type(model).__name__} without it",
+            "There is nothing to remove.",
+        )
+    plain = dict(zip(GAIN_NAMES, (0.0, 1.0, 0.0), strict=True))
+    for path, gains in found.items():
+        is_plain = gains.scale == "standard" and all(
+            bool((torch.as_tensor(gain) == plain[name]).all()) for name, gain in gains().items()
+        )
+        if not is_plain:
+            fail(
+                ValueError,
+                "model",
+                'must have identity_gain 0, softmax_gain 1, center_gain 0 and scale "standard"',
+                f"{path}: {gains}",
+                "Train it there first: apply with annealable=True and call anneal_gains.",
+            )
+    for path in found:
+        delattr(model.get_submodule(path.rpartition(".")[0]), GAINS)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            for config in (part.config, *_sub_configs(part.config)):
+                for name in (ATTENTION, "attn_implementation"):
+                    vars(config).pop(name, None)
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if hook is _refuse_attention_weights:
+                    del part._forward_pre_hooks[key]
+                    part._forward_pre_hooks_with_kwargs.pop(key, None)
+    model.set_attn_implementation("sdpa")
+    return model
 
 
 def check_choices(
@@ -438,8 +490,22 @@ def shaped_attention_forward(
             options["skip_gain"] = options["identity_gain"]
             options["identity_gain"] = 0.0
     options["is_causal"] = is_causal and "attn_mask" not in options
-    out = shaped_attention(query, key, value, **options)
+    out = _attention(query, key, value, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+    on_cpu = query.device.type == "cpu" and not is_autocast(query)
+    if not (on_cpu and torch.compiler.is_compiling()):
+        return shaped_attention(query, key, value, **options)
+    # As one operator: torch.compile would unroll the chunks of rows, once for each length.
+    residual = options.pop("residual", None)
+    gains = Gains(
+        *(options.pop(f"{name}_gain", 1.0) for name in ("identity", "softmax", "center", "skip")),
+        scale=options.pop("scale"),
+    )
+    visibility = Visibility(**options)
+    return attention_from_gains(query, key, value, residual, gains, visibility)[0]
 
 
 def _key_ranges(start: Tensor, end: Tensor, queries: int, keys: int, is_causal: bool) -> Tensor:
@@ -466,18 +532,22 @@ def _own_values(query: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def _scale(
     scale: str | float, module: nn.Module, query: Tensor, scaling: float | None
 ) -> float | None:
+    """Return the scale of the operator; ``scaling`` is that which the model asks for."""
+    head_dim = query.shape[-1]
     if scale == "standard":
-        return query.shape[-1] ** -0.5 if scaling is None else scaling
-    own = getattr(module, "scaling", None)
-    if isinstance(own, float) and scaling is not None and own != scaling:
-        fail(
-            ValueError,
-            "scale",
-            f'must be "standard" for {type(module).__name__}, which scales its queries itself',
-            repr(scale),
-            'Apply with scale="standard".',
-        )
-    return None if scale == "width" else scale
+        return head_dim**-0.5 if scaling is None else scaling
+    own = getattr(module, "scaling", scaling)
+    if scaling is None or own == scaling:
+        return None if scale == "width" else scale
+    if scaling == 1.0 and own == head_dim**-0.5:  # the queries are scaled already
+        return (query.shape[1] ** -0.5 if scale == "width" else scale * head_dim) / own / head_dim
+    fail(
+        ValueError,
+        "scale",
+        f'must be "standard" for {type(module).__name__}, which scales its queries in its own way',
+        repr(scale),
+        'Apply with scale="standard".',
+    )
 
 
 def _check_cache(
@@ -517,7 +587,7 @@ def _check_arguments(module: nn.Module, dropout: float, kwargs: dict) -> None:
                 "model",
                 "must not ask for what shaped attention cannot do",
                 f"{type(module).__name__}, which {what} ({name})",
-                "Use another model, or the model without it.",
+                "Use another model, build it without that, or apply to a part of it that has none.",
             )
     if kwargs.get("output_attentions"):
         _fail_output_attentions()
@@ -540,6 +610,17 @@ def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict) -> No
     """Forward pre-hook: without it a model returns an empty tuple of attention weights."""
     if kwargs.get("output_attentions"):
         _fail_output_attentions()
+
+
+def _check_type(model: PreTrainedModel) -> None:
+    if not isinstance(model, PreTrainedModel):
+        fail(
+            TypeError,
+            "model",
+            "must be a transformers.PreTrainedModel",
+            type(model).__name__,
+            "Pass the model itself, not its name, its config or a wrapper of it.",
+        )
 
 
 def _attach(model: PreTrainedModel, choice: dict) -> None:
@@ -596,7 +677,7 @@ def _check_model(model: PreTrainedModel, choice: dict) -> None:
     modules = dict(_attention_modules(model))
     for path, module in model.named_modules():
         if _is_other_attention(module):
-            _refuse(model, path, module, "computes its attention itself", "AttentionInterface")
+            _refuse(model, path, module, "does not use transformers.AttentionInterface")
     if not modules:
         fail(
             ValueError,
@@ -612,9 +693,9 @@ def _check_model(model: PreTrainedModel, choice: dict) -> None:
         for name, attributes in REFUSED_ATTRIBUTES.items():
             for attribute in attributes:
                 if name in _keywords(type(module)) and getattr(module, attribute, None) is not None:
-                    _refuse(model, path, module, REFUSED[name], attribute)
+                    _refuse(model, path, module, f"{REFUSED[name]} ({attribute})")
         if "position_bias" in _keywords(type(module)):
-            _refuse(model, path, module, REFUSED["position_bias"], "position_bias")
+            _refuse(model, path, module, REFUSED["position_bias"])
         is_identity_free = choice["identity_gain"] == 0.0 and not choice["trainable_gains"]
         if not is_identity_free and _is_cross(path, module):
             fail(
@@ -627,13 +708,13 @@ def _check_model(model: PreTrainedModel, choice: dict) -> None:
             )
 
 
-def _refuse(model: nn.Module, path: str, module: nn.Module, what: str, attribute: str) -> None:
+def _refuse(model: nn.Module, path: str, module: nn.Module, what: str) -> None:
     fail(
         ValueError,
         "model",
         "must have no attention that shaped attention cannot compute",
-        f"{type(model).__name__}, whose {path} ({type(module).__name__}) {what} ({attribute})",
-        "Use another model, or the model without it.",
+        f"{type(model).__name__}, whose {path} ({type(module).__name__}) {what}",
+        "Use another model, build it without that, or apply to a part of it that has none.",
     )
 
 
@@ -729,6 +810,14 @@ def _chosen(check_and_adjust: Callable) -> Callable:
                     f'must be "{ATTENTION}" for a config with shaped attention',
                     repr(attn_implementation),
                     f"Leave it out, or delete config.{ATTENTION} for a plain model.",
+                )
+            if not self._can_set_attn_implementation():  # it may know no name but its own
+                fail(
+                    ValueError,
+                    "model",
+                    "must have attention that goes through transformers.AttentionInterface",
+                    f"{type(self).__name__}, which does not use it",
+                    "Use another model, or build one from shaped_attn.nn.",
                 )
             attn_implementation = ATTENTION
         return check_and_adjust(self, attn_implementation, is_init_check, **kwargs)

@@ -1,9 +1,13 @@
 """Tiny models of each family, built from their real config classes, with random weights."""
 
 import copy
+import doctest
+import importlib.util
+import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,15 +36,19 @@ from transformers import (  # noqa: E402
     ViTForImageClassification,
 )
 
+from shaped_attn import ops  # noqa: E402
 from shaped_attn.integrations.transformers import (  # noqa: E402
     ATTENTION,
     apply_shaped_attention,
     configure_shaped_attention,
+    remove_shaped_attention,
     shaped_attention_forward,
     shaped_attention_mask,
 )
 from shaped_attn.nn import anneal_gains  # noqa: E402
+from shaped_attn.train.data import load_standard_library  # noqa: E402
 
+REPO = Path(__file__).resolve().parents[2]
 PLAIN = {"identity_gain": 0.0, "center_gain": 0.0, "scale": "standard"}
 VOCABULARY = 97
 TEXT = {
@@ -577,3 +585,306 @@ def test_cross_attention_has_no_identity_term():
     apply_shaped_attention(model, **PLAIN)
     real = inputs["attention_mask"].bool()
     assert torch.allclose(model(**inputs).last_hidden_state[real], want[real], atol=1e-5)
+
+
+# --------------------------------------------------------------------------- held-out families
+
+SEQ2SEQ = TEXT | {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "dropout": 0.0,
+    "init_std": 0.3,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+OTHER_DECODERS = {
+    "Gemma": {},
+    "Gemma2": {"attn_logit_softcapping": None, "sliding_window": 5},
+    "Gemma3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "GPTNeoX": {"head_dim": None},
+    "Mixtral": EXPERTS,
+    "ModernBertDecoder": {"local_attention": 6},
+    "Olmo2": {},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "Phi": {},
+}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+
+
+def other_model(name, options, suffix="ForCausalLM", base=ROTARY):
+    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**base | options)
+    torch.manual_seed(0)
+    return getattr(transformers, name + suffix)(config).eval()
+
+
+@pytest.mark.parametrize("name", OTHER_DECODERS)
+def test_other_decoders(name):
+    model = other_model(name, OTHER_DECODERS[name])
+    ids, mask = inputs_of("llama", "left").values()
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).logits[mask.bool()]
+        plain = apply_shaped_attention(copy.deepcopy(model), **PLAIN)
+        found = plain(ids, attention_mask=mask).logits[mask.bool()]
+        assert (found - want).abs().max() < 1e-5 * want.abs().max()
+    perturb(apply_shaped_attention(model, trainable_gains=True))
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        want = model.generate(ids, use_cache=False, **options)
+        for cache in ("dynamic", "static"):
+            found = model.generate(ids, cache_implementation=cache, **options)
+            assert torch.equal(found, want), cache
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "options"),
+    [
+        ("Roberta", "bert", {}),
+        ("ModernBert", "bert", {"global_attn_every_n_layers": 2, "local_attention": 6}),
+        ("DeiT", "vit", {}),
+        ("Dinov2", "vit", {}),
+        ("CLIPVision", "vit", {}),
+    ],
+)
+def test_other_encoders(name, inputs, options):
+    sizes = {"vocab_size": VOCABULARY, "pad_token_id": 0, "max_position_embeddings": 64}
+    if inputs == "vit":
+        sizes = {"image_size": 12, "patch_size": 4}
+    model = other_model(name, options, "Model", ENCODER | sizes)
+    arguments = inputs_of(inputs, "right")
+    with torch.no_grad():
+        want = model(**arguments).last_hidden_state
+        found = apply_shaped_attention(copy.deepcopy(model), **PLAIN)(**arguments)[0]
+        other = apply_shaped_attention(model)(**arguments)[0]
+    if inputs == "bert":
+        real = arguments["attention_mask"].bool()
+        want, found, other = want[real], found[real], other[real]
+    assert (found - want).abs().max() < 1e-5 * want.abs().max()
+    assert (other - want).abs().max() > 0.01 * want.abs().max()
+
+
+def test_width_scale_where_the_model_scales_its_queries():
+    """OPT hands over scaled queries: "width" is the scale of what they were before."""
+    options = OTHER_DECODERS["OPT"]
+    found, want = (other_model("OPT", options) for _ in range(2))
+    apply_shaped_attention(found)
+    apply_shaped_attention(want, scale="standard")
+    with torch.no_grad():
+        for layer in want.model.decoder.layers:
+            for parameter in layer.self_attn.q_proj.parameters():
+                parameter.div_((8 * 4) ** 0.5)  # (head_dim sqrt(heads)) / sqrt(head_dim)
+        ids = inputs_of("llama")["input_ids"]
+        want = want(ids).logits
+        assert (found(ids).logits - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", ["Whisper", "Bart"])
+def test_encoder_decoder_without_identity_term(name):
+    options = {"max_source_positions": 16, "max_target_positions": 32, "num_mel_bins": 8}
+    model = other_model(name, options, "ForConditionalGeneration", SEQ2SEQ)
+    with pytest.raises(ValueError, match=f"identity_gain must be 0.0 .*{name}.*encoder_attn"):
+        apply_shaped_attention(model)
+    with pytest.raises(ValueError, match="identity_gain must be 0.0 and not trained"):
+        apply_shaped_attention(model, identity_gain=0.0, trainable_gains=True)
+    inputs = inputs_of("bert", "right")
+    if name == "Whisper":
+        inputs = {"input_features": torch.randn(2, 8, 32)}
+    generate = {"max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        plain = model.generate(**inputs, **generate)
+        apply_shaped_attention(model, identity_gain=0.0, center_gain=0.6, scale="standard")
+        want = model.generate(**inputs, use_cache=False, **generate)
+        assert torch.equal(model.generate(**inputs, **generate), want)
+        static = model.generate(**inputs, cache_implementation="static", **generate)
+    assert torch.equal(static, want)
+    assert not torch.equal(plain, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "base", "options", "reason"),
+    [
+        ("Gemma2", "ForCausalLM", ROTARY, {}, "Gemma2Attention. caps its logits"),
+        ("GptOss", "ForCausalLM", ROTARY, EXPERTS, "GptOssAttention. has attention sinks"),
+        ("Bloom", "ForCausalLM", {"hidden_size": 32, "n_layer": 1, "n_head": 4}, {}, "Bloom"),
+        ("Falcon", "ForCausalLM", ROTARY, {"alibi": True}, "Falcon.* does not use"),
+        (
+            "T5",
+            "Model",
+            {"d_model": 32, "d_ff": 48, "num_layers": 1},
+            {},
+            "T5Attention. adds a pos",
+        ),
+        ("Siglip", "VisionModel", ENCODER, {}, "SiglipMultiheadAttentionPoolingHead. does not"),
+        ("Mamba", "ForCausalLM", {"hidden_size": 32, "num_hidden_layers": 1}, {}, "Mamba"),
+    ],
+)
+def test_what_cannot_be_shaped_is_refused_by_name(name, suffix, base, options, reason, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "Siglip", "SiglipVisionConfig")
+    model = other_model(name, {"vocab_size": 50} | options, suffix, base)
+    with pytest.raises(ValueError, match=f"model must have .*got .*{reason}"):
+        apply_shaped_attention(model)
+    assert not any("shaped_gains" in path for path, _ in model.named_modules())
+    config = copy.deepcopy(model.config)
+    with pytest.raises(ValueError, match=reason):
+        type(model)(configure_shaped_attention(config))
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "head_mask"])
+def test_what_arrives_only_in_the_call_is_refused(name):
+    module = attention_of(apply_shaped_attention(build("llama")))
+    q = torch.randn(1, 4, 3, 8)
+    with pytest.raises(ValueError, match=rf"LlamaAttention, which .* \({name}\)"):
+        shaped_attention_forward(module, q, q, q, None, **{name: torch.ones(())})
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        shaped_attention_forward(module, q, q, q, None, output_attentions=True)
+
+
+def test_keys_of_something_else_have_no_identity_term():
+    module = attention_of(apply_shaped_attention(build("llama")))
+    q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="identity_gain must be 0.0 in cross-attention"):
+        shaped_attention_forward(module, q, k, k, None, is_causal=False)
+
+
+# --------------------------------------------------------------------------- torch.compile
+
+
+def small(family, **options):
+    layers = {"n_layer": 1, "n_positions": 320} if family == "gpt2" else {"num_hidden_layers": 1}
+    return build(family, **layers | options)
+
+
+@pytest.mark.parametrize(
+    ("family", "padding", "lengths"),
+    [
+        ("llama", "left", (9, 12, 270, 300)),
+        ("gpt2", None, (9, 12, 15)),
+        ("bert", "right", (9, 12, 15)),
+        ("vit", None, (9,)),
+    ],
+)
+def test_compiles_whole_and_no_more_often_than_the_original(family, padding, lengths, monkeypatch):
+    monkeypatch.setattr(ops, "_uses_kernels", lambda q: False)  # not in Triton's interpreter
+    from torch._dynamo.testing import CompileCounter
+
+    options = {"max_position_embeddings": 320} if family == "bert" else {}
+    graphs = []
+    for is_shaped in (False, True):
+        torch._dynamo.reset()
+        model, counter = small(family, **options), CompileCounter()
+        if is_shaped:
+            perturb(apply_shaped_attention(model, trainable_gains=True))
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        for length in lengths:
+            inputs = inputs_of(family, padding, length=length)
+            want = model(**inputs).logits
+            found = compiled(**inputs).logits
+            if padding is not None:
+                real = inputs["attention_mask"].bool()
+                found, want = found[real], want[real]
+            assert (found - want).abs().max() < 1e-5 * want.abs().max()
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[0]
+
+
+def test_compiled_decoding_with_a_static_cache():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model = perturb(apply_shaped_attention(small("llama"), trainable_gains=True))
+    ids, mask = inputs_of("llama", "left").values()
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    cache, length = StaticCache(model.config, 20), ids.shape[1]
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        found = [ids, model(ids, **options).logits[:, -1:].argmax(-1)]
+        for step in range(4):
+            options["attention_mask"] = torch.zeros(3, 20, dtype=torch.long)
+            options["attention_mask"][:, : length + step + 1] = 1
+            options["attention_mask"][:, :length] = mask
+            options["position_ids"] = mask.sum(-1, keepdim=True) + step
+            found.append(compiled(found[-1], **options).logits.argmax(-1))
+        assert torch.equal(torch.cat(found, 1), greedy(model, ids, mask, 5))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_compiled_training(family):
+    torch._dynamo.reset()
+    model, inputs = small(family), inputs_of(family, "right")
+    perturb(apply_shaped_attention(model.train(), trainable_gains=True))
+    parameters = [p for n, p in model.named_parameters() if "position" not in n]
+    losses = [
+        f(**inputs, labels=inputs["input_ids"]).loss
+        for f in (model, torch.compile(model, fullgraph=True))
+    ]
+    want, found = (torch.autograd.grad(loss, parameters) for loss in losses)
+    budget = 1e-5 * max(gradient.abs().max() for gradient in want)  # some are 0 in exact numbers
+    for a, b in zip(want, found, strict=True):
+        assert (a - b).abs().max() < budget
+
+
+# --------------------------------------------------------------------------- annealing
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_annealing_to_plain_and_removing(family, tmp_path):
+    original, model = build(family), build(family)
+    apply_shaped_attention(model, scale="standard", annealable=True)
+    inputs = inputs_of(family, "right")
+    with torch.no_grad():
+        want = original(**inputs).logits
+        assert not torch.allclose(model(**inputs).logits, want, atol=1e-2)
+        with pytest.raises(ValueError, match="model must have identity_gain 0"):
+            remove_shaped_attention(model)
+        anneal_gains(model, 1.0)
+        real = inputs["attention_mask"].bool()
+        assert torch.allclose(model(**inputs).logits[real], want[real], atol=1e-5)
+        assert remove_shaped_attention(model) is model
+        assert torch.equal(model(**inputs).logits, want)
+    assert model(**inputs, output_attentions=False).logits.shape == want.shape
+    assert model.state_dict().keys() == original.state_dict().keys()
+    model.save_pretrained(tmp_path)
+    assert "shaped" not in (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="model must have shaped attention"):
+        remove_shaped_attention(model)
+    apply_shaped_attention(model)  # and again
+
+
+def test_recipe_is_continuous_where_the_attention_is_exchanged():
+    """Real text: the sources of Python's standard library."""
+    path = REPO / "examples/convert_transformers_model.py"
+    spec = importlib.util.spec_from_file_location("convert_transformers_model", path)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    corpus = load_standard_library(max_bytes=100_000)
+    losses = recipe.convert(recipe.tiny_model(), corpus, steps=15, batch=8, length=64)
+    # float32 rounding of one forward, at a loss of a few nats
+    assert abs(losses["shaped attention put in"] - losses["trained plain"]) < 1e-5
+    assert abs(losses["shaped attention taken out"] - losses["annealed to plain"]) < 1e-5
+    values = list(losses.values())
+    assert values[-1] < values[0]
+    assert all(later < earlier + 0.1 for earlier, later in itertools.pairwise(values))
+
+
+# --------------------------------------------------------------------------- the module
+
+
+def test_example_of_the_docstring():
+    from shaped_attn.integrations import transformers as module
+
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_shaped_attn_does_not_import_transformers():
+    code = "import sys, shaped_attn, shaped_attn.nn; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
