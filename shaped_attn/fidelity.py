@@ -364,6 +364,8 @@ def hopper_calls(length: int = 2531) -> tuple[KernelCall, ...]:
         call(96, fp16, False, residual_dtype=fp16),
         call(64, bf16, True, "plain", False, keys=fewer, q_offset=-length // 7),
         call(128, bf16, True, "centred", value_dim=64, keys=more, **grouped),
+        call(256, bf16, True, residual_dtype=bf16),
+        call(192, fp16, False, "centred", batch=2, padding="right"),
     )
 
 

@@ -45,7 +45,7 @@ def calls(device: str = "cuda", lengths: tuple[int, int] = (LENGTH, KEYS)) -> in
 
     count = 0
     for head_dim, is_causal, deterministic in itertools.product(
-        (64, 128), (True, False), (True, False)
+        (64, 128, 256), (True, False), (True, False)
     ):
         queries, keys = lengths
         q = torch.randn(2, 2, queries, head_dim).to(device, torch.bfloat16).requires_grad_()

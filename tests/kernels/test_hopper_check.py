@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 
 from shaped_attn import cli, fidelity, shaped_attention
+from shaped_attn.kernels.hopper import tiles
 
 CALLS = fidelity.hopper_calls(40)
 
@@ -18,8 +19,9 @@ def test_what_the_check_covers():
         return {tuple(getattr(case, name) for name in names) for case in cases}
 
     widths, dtypes = (64, 96, 128), (torch.bfloat16, torch.float16)
-    assert pairs("head_dim", "dtype") == {(x, y) for x in widths for y in dtypes}
-    assert pairs("head_dim", "is_causal") == {(x, y) for x in widths for y in (True, False)}
+    assert pairs("head_dim", "dtype") >= {(x, y) for x in widths for y in dtypes}
+    assert pairs("head_dim", "is_causal") >= {(x, y) for x in widths for y in (True, False)}
+    assert {tiles.width_of(case.head_dim, case.value_dim) for case in cases} == set(tiles.WIDTHS)
     assert pairs("dtype", "is_causal") == {(x, y) for x in dtypes for y in (True, False)}
     assert {case.padding for case in cases} == {None, "left", "right", "both"}
     assert {case.residual_dtype for case in cases} >= {torch.float32, None}

@@ -40,6 +40,9 @@ CASES = {
     if dtype == BF16 or sizes["residual_dtype"] == torch.float32
 }
 CASES["64-padded"] = Case(3, 2, 1, LENGTH, head_dim=64, dtype=BF16, is_causal=True, padding="both")
+CASES["256-bf16-causal"] = Case(
+    1, 2, 1, LENGTH, head_dim=256, dtype=BF16, is_causal=True, residual_dtype=BF16
+)
 CASES["128-padded"] = Case(3, 1, queries=LENGTH, head_dim=128, dtype=FP16, padding="both")
 
 
@@ -87,7 +90,7 @@ def test_accuracy(name, logit_std, hopper, device):
         assert_within_budget(value, golden[key], eager[key], factor=2, name=key, rounding=rounding)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 def test_a_thousand_repeats_are_equal(is_causal, head_dim, hopper, device):
     case = Case(1, 4, 2, 1061, head_dim=head_dim, dtype=BF16, is_causal=is_causal)
