@@ -85,7 +85,7 @@ def replace_sdpa(
     r"""Let the attention calls inside ``module`` be shaped, from now on or for a ``with`` block.
 
     Every call of ``F.scaled_dot_product_attention`` that is made during the forward of ``module``
-    or of one of its submodules, by whatever name, gives::
+    or of one of its submodules, by whatever name, gives:
 
         identity_gain v_i + softmax_gain sum_j P_ij v_j - center_gain sum_j A0_ij v_j
 
@@ -176,7 +176,7 @@ def replacing_sdpa(
     Arguments and what they mean are those of `replace_sdpa`; Tensors are shared by all instances.
 
     Example:
-        timm takes it for its own layer::
+        timm takes it for its own layer:
 
             from timm.layers import Attention
             from timm.models import VisionTransformer

@@ -74,8 +74,18 @@ REFUSED_ATTRIBUTES = {
     "s_aux": ("sinks", "attention_sink_bias", "s_aux"),
 }
 
-CROSS_PATH = re.compile(r"cross|x_attn|enc_?dec|encoder_attn|token_to_image|image_to_token", re.I)
-CROSS_PARAMETERS = ({"context"}, {"latents"}, {"queries"}, {"query", "key", "value"})
+# How modules whose queries are no keys are named, and what their forward takes.
+CROSS_NAME = re.compile(
+    r"cross|x_attn|enc_?dec|encoder_attn|token_to_image|image_to_token|pooling|LoFTR", re.I
+)
+CROSS_PARAMETERS = (
+    {"context"},
+    {"context_hidden_states"},
+    {"latents"},
+    {"merged_attention_mask"},
+    {"queries"},
+    {"query", "key", "value"},
+)
 
 
 def apply_shaped_attention(
@@ -253,7 +263,7 @@ def remove_shaped_attention(model: PreTrainedModel) -> PreTrainedModel:
                 for name in (ATTENTION, "attn_implementation"):
                     vars(config).pop(name, None)
             for key, hook in list(part._forward_pre_hooks.items()):
-                if hook is _refuse_attention_weights:
+                if hook is _check_forward:
                     del part._forward_pre_hooks[key]
                     part._forward_pre_hooks_with_kwargs.pop(key, None)
     model.set_attn_implementation("sdpa")
@@ -351,11 +361,11 @@ def shaped_attention_mask(
 
     None
         every key, or the triangle of as many keys as queries, as for "sdpa".
-    int64 (B, 2 or 3, 1, keys)
-        first and end of the keys in use, per batch entry: the mask is a range of the first
-        ``keys`` keys, of full attention (2 rows) or of causal attention whose last query sits at
-        the last of them (3 rows; the third holds the position of query 0). A view that is repeated
-        along the keys, so that no T x S matrix exists.
+    int64 (B, 1 to 3, 1, keys)
+        position of query 0; or first and end of a range of keys; or all three. Only the first
+        ``keys`` keys are in use. The attention is causal if the position is there, and then the
+        last query sits at the last key. A view that repeats one number along the keys, so that no
+        T x S matrix exists.
     bool (B, 1, T, S)
         True where a query sees a key.
     int8 (B, 1, T, S)
@@ -378,15 +388,16 @@ def shaped_attention_mask(
         if padding is not None:
             padding = padding[:, kv_offset : kv_offset + keys]
         if padding is None or bool(padding.all()):
-            if not is_causal or (keys == kv_length and q_length in (1, keys)):
+            if not is_causal or q_length == keys == kv_length:
                 return None
-            start = torch.zeros(batch_size, dtype=torch.int64, device=device)
-            return _key_ranges(start, start + keys, q_length, keys, is_causal)
+            first = torch.full((batch_size,), keys - q_length, device=device)
+            return _key_ranges([first], keys)
         start = padding.int().argmax(-1)
         end = start + padding.sum(-1)
         key = torch.arange(keys, device=padding.device)
         if bool((padding == ((key >= start[:, None]) & (key < end[:, None]))).all()):
-            return _key_ranges(start, end, q_length, keys, is_causal)
+            first = [torch.full_like(start, keys - q_length)] if is_causal else []
+            return _key_ranges([start, end, *first], keys)
     mask = sdpa_mask(
         batch_size,
         q_length,
@@ -447,6 +458,14 @@ def shaped_attention_forward(
             "Call apply_shaped_attention on the whole model.",
         )
     _check_arguments(module, dropout, kwargs)
+    if query.shape[1] != gains.heads:
+        fail(
+            ValueError,
+            "query",
+            f"of {type(module).__name__} must have all {gains.heads} heads",
+            query.shape[1],
+            "Tensor parallelism is not supported: use data parallelism or FSDP.",
+        )
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     options = gains()
     options["scale"] = _scale(gains.scale, module, query, scaling)
@@ -456,11 +475,12 @@ def shaped_attention_forward(
             # An empty StaticCache under torch.compile: what was written are the first keys.
             key, value = key[:, :, :queries], value[:, :, :queries]
     elif attention_mask.dtype == torch.int64:
-        is_causal = attention_mask.shape[1] == 3
-        keys = attention_mask.shape[3]
+        rows, keys = attention_mask.shape[1], attention_mask.shape[3]
+        is_causal = rows != 2
         key, value = key[:, :, :keys], value[:, :, :keys]
-        options["key_start"] = attention_mask[:, 0, 0, 0].expand(query.shape[0])
-        options["key_end"] = attention_mask[:, 1, 0, 0].expand(query.shape[0])
+        if rows > 1:
+            options["key_start"] = attention_mask[:, 0, 0, 0].expand(query.shape[0])
+            options["key_end"] = attention_mask[:, 1, 0, 0].expand(query.shape[0])
     elif attention_mask.dtype == torch.bool:
         options["attn_mask"] = attention_mask
     elif attention_mask.dtype == torch.int8:
@@ -475,7 +495,8 @@ def shaped_attention_forward(
             "additive mask, or a model that adds a bias to its logits, cannot be shaped.",
         )
     if not is_zero(options["identity_gain"]) and key.shape[2] != queries:
-        if not is_causal:
+        is_marked = attention_mask is not None and attention_mask.dtype == torch.int8
+        if not is_causal and not is_marked:
             fail(
                 ValueError,
                 "identity_gain",
@@ -508,10 +529,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
     return attention_from_gains(query, key, value, residual, gains, visibility)[0]
 
 
-def _key_ranges(start: Tensor, end: Tensor, queries: int, keys: int, is_causal: bool) -> Tensor:
-    rows = [start, end]
-    if is_causal:
-        rows.append(torch.full_like(start, keys - queries))
+def _key_ranges(rows: list[Tensor], keys: int) -> Tensor:
     return torch.stack(rows, 1)[:, :, None, None].expand(-1, -1, 1, keys)
 
 
@@ -606,8 +624,16 @@ def _fail_output_attentions() -> None:
 # ------------------------------------------------------------------ models and their configs
 
 
-def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook: without it a model returns an empty tuple of attention weights."""
+def _check_forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook: without it a model would be plain, or return no attention weights."""
+    if hasattr(model.config, ATTENTION) and model.config._attn_implementation != ATTENTION:
+        fail(
+            ValueError,
+            "attn_implementation",
+            f'must stay "{ATTENTION}" while {type(model).__name__} has shaped attention',
+            repr(model.config._attn_implementation),
+            "Set it back with model.set_attn_implementation, or call remove_shaped_attention.",
+        )
     if kwargs.get("output_attentions"):
         _fail_output_attentions()
 
@@ -630,9 +656,9 @@ def _attach(model: PreTrainedModel, choice: dict) -> None:
         gains = ShapedGains(_heads(module, model), choice, device=device, dtype=dtype)
         module.add_module(GAINS, gains)
     for part in model.modules():
-        is_hooked = _refuse_attention_weights in part._forward_pre_hooks.values()
+        is_hooked = _check_forward in part._forward_pre_hooks.values()
         if isinstance(part, PreTrainedModel) and not is_hooked:
-            part.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
+            part.register_forward_pre_hook(_check_forward, with_kwargs=True)
 
 
 def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -735,7 +761,8 @@ def _is_cross(path: str, module: nn.Module) -> bool:
     if isinstance(marked, bool):
         return marked
     names = set(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
-    return bool(CROSS_PATH.search(path)) or any(cross <= names for cross in CROSS_PARAMETERS)
+    is_named = CROSS_NAME.search(f"{path} {type(module).__name__}") is not None
+    return is_named or any(cross <= names for cross in CROSS_PARAMETERS)
 
 
 def _heads(module: nn.Module, model: PreTrainedModel) -> int:

@@ -540,6 +540,14 @@ def test_gains_that_have_moved_are_not_overwritten():
         apply_shaped_attention(model)
 
 
+def test_another_attention_under_shaped_gains_is_refused():
+    """transformers itself exchanges it, for example for continuous batching."""
+    model = apply_shaped_attention(build("llama"))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation must stay .shaped_attn.*'sdpa'"):
+        model(**inputs_of("llama"))
+
+
 def test_attention_without_gains_is_refused():
     model = build("llama")
     model.set_attn_implementation(ATTENTION)
