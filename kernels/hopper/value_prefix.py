@@ -8,6 +8,8 @@ lead)`, whatever the offset between queries and keys.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -129,7 +131,7 @@ class ValuePrefixSums:
         chunks = triton.cdiv(DV, _COLUMNS_AT_ONCE.value)
         self.shape = (B, HKV, blocks + 1, DV)
 
-        def of_blocks(kernel: triton.JITFunction) -> launch.Launch:
+        def of_blocks(kernel: triton.JITFunction, config: TileConfig) -> launch.Launch:
             return launch.Launch(
                 kernel,
                 B * HKV * blocks,
@@ -139,11 +141,13 @@ class ValuePrefixSums:
                 WIDE=launch.needs_wide_index(config, v),
             )
 
-        self.sums = of_blocks(value_sums_kernel)
+        self.sums = of_blocks(value_sums_kernel, config)
         self.prefix = launch.Launch(
             value_prefix_kernel, B * HKV * chunks, (blocks + 1,), config, DV=DV
         )
-        self.by_key = of_blocks(value_sums_by_key_kernel) if by_key else None
+        # It keeps a block of sums in registers.
+        more_warps = dataclasses.replace(config, num_warps=8)
+        self.by_key = of_blocks(value_sums_by_key_kernel, more_warps) if by_key else None
 
     def __call__(
         self, v: torch.Tensor, visibility: tuple, counter: torch.Tensor | None
