@@ -27,7 +27,7 @@ $(1)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt $(2)
 touch $(1)/ready
 endef
 
-.PHONY: help demo test test-all bench gpu sanitize lint check compile-table wheel clean
+.PHONY: help demo test test-all bench gpu sanitize lint docs check compile-table wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -60,6 +60,10 @@ lint: | $(TEST_VENV)/ready  ## ruff
 	$(TEST_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
 	$(TEST_VENV)/bin/ruff check .
 
+docs: | $(TEST_VENV)/ready  ## build the documentation into site/
+	$(TEST_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(TEST_VENV)/bin/mkdocs build --strict
+
 check: | $(TEST_VENV)/ready  ## print the fidelity table
 	$(TEST_VENV)/bin/shaped-attn check
 
@@ -71,5 +75,5 @@ wheel: | $(TEST_VENV)/ready  ## build sdist and wheel into dist/
 	$(TEST_VENV)/bin/python -m build --no-isolation
 
 clean:  ## remove environments, builds and caches
-	rm -rf .venv-demo .venv-test build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv-demo .venv-test build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find bench kernels shaped_attn tests -name __pycache__ -prune -exec rm -rf {} +

@@ -52,6 +52,9 @@ def use_family(family: str) -> Iterator[None]:
     read) to "portable". "auto", the default, takes the one that was measured to be faster. The
     environment variable SHAPED_ATTN_FAMILY, read at import, sets the default.
 
+    Args:
+        family: one of `CHOICES`.
+
     Raises:
         ValueError: `family` is none of these; from calls, "hopper" on a GPU other than sm_90.
     """
@@ -95,9 +98,17 @@ def pick_family(
 ) -> str:
     """Name of the family that runs a call.
 
-    arch: compute capability as an integer (90), a gfx name, or "interpreter". weighed_by: as in
-    `Call`. rows: of queries, in all heads and batch entries. group: query heads of a key head.
-    fits_tma: whether TMA can read q, k and v. release: of Triton. choice: one of CHOICES.
+    Args:
+        arch: compute capability as an integer (90), a gfx name, or "interpreter".
+        dtype: of q, k and v.
+        head_dim: columns of q and k.
+        value_dim: columns of v.
+        weighed_by: as in `Call`.
+        rows: of queries, in all heads and batch entries.
+        group: query heads of a key head.
+        fits_tma: whether TMA can read q, k and v.
+        release: of Triton.
+        choice: one of `CHOICES`.
 
     Raises:
         ValueError: the choice is "hopper", and the GPU is none.

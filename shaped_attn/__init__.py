@@ -1,6 +1,6 @@
 """Shaped attention in one fused pass.
 
-For head h and query i, which sits at key position p(i) and sees the keys N_i::
+For head h and query i, which sits at key position p(i) and sees the keys N_i:
 
     out_i = skip_gain * residual_i
           + branch_gain * ( identity_gain * v_p(i)

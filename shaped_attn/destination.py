@@ -8,8 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .validation import fail
-
 
 def check_folder(folder: Path, argument: str = "output") -> None:
     """Check that a folder can be written, or made and written; nothing is left in it.
@@ -56,4 +54,6 @@ def _naming(argument: str, kind: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         got = f"{path} ({error.strerror or error})"
+        from .validation import fail  # imports torch, which the help of the commands does without
+
         fail(type(error), argument, f"must be {kind}", got, "Name another one.")

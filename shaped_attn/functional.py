@@ -41,7 +41,7 @@ def shaped_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention with its mean subtracted, an identity term and a residual, in one pass.
 
-    For head h and query i, which sits at key position p(i) = q_offset + i and sees n_i keys::
+    For head h and query i, which sits at key position p(i) = q_offset + i and sees n_i keys:
 
         out_i = skip_gain * residual_i
               + branch_gain * ( identity_gain * v_p(i)

@@ -3,6 +3,17 @@
 The operator runs the Triton kernels on a GPU, and on a CPU under `TRITON_INTERPRET=1`. On a CPU
 without the interpreter it runs `composite`, recomputing it in the backward. Triton is imported at
 the first call, not here.
+
+`torch.ops.shaped_attn.attention` takes the tensors of `Inputs`, then by keyword:
+
+    fixed_identity_gain, fixed_softmax_gain, fixed_center_gain, fixed_skip_gain,
+    fixed_branch_gain = 1.0,  fixed_scale = None    gains that are numbers: used without a tensor
+    is_causal = False, q_offset = None, deterministic = True    as in `shaped_attention`
+    prior_form = "dense"             how to read the prior: the form of its `PriorTable`
+    save_for_backward = True         whether to return what `attention_backward` needs
+
+and returns out, lse and three tensors for the backward. `shaped_attention` calls it, after checks
+of what the schema cannot hold, and is the function to call.
 """
 
 from __future__ import annotations

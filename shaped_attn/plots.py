@@ -35,6 +35,7 @@ from .spa import Propagation
 from .validation import fail
 
 SUFFIXES = (".pdf", ".png", ".svg")
+"""The formats that `save` writes, by the end of the file's name."""
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart; without their yellow,
 # which is too faint on white. Each comes with a marker and a dash pattern of its own.

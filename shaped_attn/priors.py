@@ -81,7 +81,7 @@ class ESPA:
     r"""E-SPA: the prior that takes the token kernel exp(-decay_in |i-j|) to exp(-decay_out |i-j|).
 
     With causal attention A0 = L_out L_in^{-1} for the Cholesky factors of the two kernels, in the
-    closed form (49)-(54)::
+    closed form (49)-(54):
 
         A0_11 = 1,   A0_ii = a,   A0_i1 = f r^(i-2),   A0_ij = a (r - r_in) r^(i-j-1)
         r = exp(-decay_out),   r_in = exp(-decay_in),   a = sqrt((1 - r^2) / (1 - r_in^2)),
@@ -201,7 +201,7 @@ class USPA:
     r"""U-SPA: the prior that takes a uniform correlation of tokens from rho_in to rho_out.
 
     With causal attention A0 = L_out L_in^{-1} for the Cholesky factors of (1 - rho) I + rho 1 1^T,
-    in the closed form (55)-(62), every term of which is positive. Without a mask (64)::
+    in the closed form (55)-(62), every term of which is positive. Without a mask (64):
 
         A0 = s I + ((t - s) / m) 1 1^T,   s^2 = (1 - rho_out) / (1 - rho_in),
         t^2 = (1 + (m - 1) rho_out) / (1 + (m - 1) rho_in)           for m tokens

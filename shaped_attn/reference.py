@@ -46,7 +46,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute shaped attention with the matrices P (softmax) and A0 (prior) written out.
 
-    The formula::
+    The formula:
 
         out_i = skip * residual_i
               + branch * ( identity * v_p(i)

@@ -21,6 +21,7 @@ from .sde.process import check_covariance
 from .validation import check_flag, fail
 
 POSITIONS = (None, "learned", "sinusoidal")
+"""The embeddings of positions that `input_kernel` knows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,7 @@ def propagate(
 ) -> Propagation:
     """Return the kernel of the tokens after each layer of a network at initialisation.
 
-    A layer is attention at zero logits and, with an activation phi, an MLP::
+    A layer is attention at zero logits and, with an activation phi, an MLP:
 
         attention   Sigma <- skip_gain^2 Sigma + branch_gain^2 A0 N(Sigma) A0^T
         MLP         Sigma <- mlp_skip_gain^2 Sigma + mlp_branch_gain^2 E[phi(u) phi(u)^T],
@@ -187,7 +188,7 @@ def input_kernel(
 ) -> Tensor:
     """Return the kernel of embedded tokens, (T, T) float64 with a unit diagonal.
 
-    The equation, for embeddings of tokens and positions that are independent, with the weight w::
+    The equation, for embeddings of tokens and positions that are independent, with the weight w:
 
         Sigma_ij = (1 - w) 1{ids_i = ids_j} + w K_ij
         learned:        K_ij = 1{i = j}

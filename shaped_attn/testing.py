@@ -39,9 +39,8 @@ class Case:
     """Sizes, dtypes and visibility of one call of `shaped_attention`.
 
     Attributes:
-        batch, heads, kv_heads, queries, keys, head_dim, value_dim: B, H, Hkv, T, S, D, Dv. None,
-            the default of the last four but for T and D, is the size they are tied to: Hkv = H, S =
-                T, Dv = D.
+        batch, heads, queries, head_dim: B, H, T and D.
+        kv_heads, keys, value_dim: Hkv, S and Dv. Default None: Hkv = H, S = T, Dv = D.
         dtype: of q, k and v.
         is_causal, q_offset: as in `shaped_attention`.
         padding: "left", "right" or "both": key_start and key_end that differ between batch entries,

@@ -95,6 +95,7 @@ def test_sdist_can_be_tested_and_rebuilt(sdist_files):
         "Makefile",
         "README.md",
         "constraints.txt",
+        "mkdocs.yml",
         "pyproject.toml",
         "setup.py",
     }

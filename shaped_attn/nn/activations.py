@@ -2,7 +2,7 @@
 
 Two ways to choose them: Tailored Activation Transformation (TAT, arXiv 2203.08120) for the leaky
 ReLU, and Deep Kernel Shaping (DKS, arXiv 2110.01765) for smooth activations. Both work on the
-Gaussian expectations of an activation, which are here too, in float64 on the CPU::
+Gaussian expectations of an activation, which are here too, in float64 on the CPU:
 
     activation_kernel   E[phi(u_i) phi(u_j)]               for u ~ N(0, kernel)
     correlation_map     C(rho) = E[phi(u) phi(v)] / E[phi(u)^2]    for u, v ~ N(0, 1), E[u v] = rho
@@ -27,6 +27,7 @@ from ..validation import fail
 from .checks import check_number, check_positive, check_size
 
 Activation = Callable[[Tensor], Tensor]
+"""A function of numbers, applied to each entry of a Tensor."""
 
 _NODES_PER_UNIT, _RANGE = 32, 13.0  # of the quadrature; N(0, 1) has no weight in float64 beyond
 _TERMS = 512  # Hermite coefficients
@@ -68,7 +69,7 @@ def tat_slope(nonlinear_layers: int, eta: float = 0.9) -> float:
     """Return the slope with which the correlation map of all layers takes 0 to ``eta``.
 
     The slope s solves C(C(... C(0))) = eta, with as many C as there are nonlinear layers one after
-    the other and no skips between them::
+    the other and no skips between them:
 
         C(rho) = rho + ((1 - s)^2 / (pi (1 + s^2))) (sqrt(1 - rho^2) - rho arccos(rho))
 
@@ -125,7 +126,7 @@ def dks_constants(activation: Activation, nonlinear_layers: int, zeta: float = 1
     """Return the constants of DKS for a smooth activation phi, by four conditions.
 
     For phi^(x) = output_scale (phi(input_scale x + input_shift) + output_shift), its maps of second
-    moments and of correlations, Q(q) = E[phi^(sqrt(q) z)^2] for z ~ N(0, 1) and C, satisfy::
+    moments and of correlations, Q(q) = E[phi^(sqrt(q) z)^2] for z ~ N(0, 1) and C, satisfy:
 
         Q(1) = 1        a second moment of 1 stays
         Q'(1) = E[z phi^(z) phi^'(z)] = 1        and so does, to first order, one near it

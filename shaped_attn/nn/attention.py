@@ -38,7 +38,7 @@ MATRIX_COLUMNS = 64
 class ShapedAttention(Initialized, nn.Module):
     r"""Shaped self-attention of one or several heads, mixed with a residual.
 
-    For x (B, T, width), per head::
+    For x (B, T, width), per head:
 
         Z = skip_gain * residual + branch_gain * concat_h( A_h X W_V,h ) W_O
 
@@ -50,17 +50,15 @@ class ShapedAttention(Initialized, nn.Module):
     Without W_O the residual is mixed in the epilogue of the attention operator, with it in that of
     the product with W_O, so that neither costs a pass over memory of its own.
 
-    ======================= ============================= ========================================
-    parameter               shape                         initial law
-    ======================= ============================= ========================================
-    ``query.weight``        (heads head_dim, width)       that of ``query_proj``
-    ``key.weight``          (kv_heads head_dim, width)    that of ``key_proj``
-    ``value.weight``        (kv_heads width/heads, width) that of ``value_proj``; "identity": 0
-    ``value_identity_gain`` ()                            1 ("identity" only)
-    ``value_weight_gain``   ()                            1 ("identity" only)
-    ``out_proj.weight``     (width, width)                that of ``out_proj``
-    ``gains.*``             (heads,)                      the start values; see `ShapingGains`
-    ======================= ============================= ========================================
+    | parameter               | shape                         | initial law |
+    | --- | --- | --- |
+    | ``query.weight``        | (heads head_dim, width)       | ``query_proj`` |
+    | ``key.weight``          | (kv_heads head_dim, width)    | ``key_proj`` |
+    | ``value.weight``        | (kv_heads width/heads, width) | ``value_proj``; "identity": 0 |
+    | ``value_identity_gain`` | ()                            | 1 ("identity" only) |
+    | ``value_weight_gain``   | ()                            | 1 ("identity" only) |
+    | ``out_proj.weight``     | (width, width)                | ``out_proj`` |
+    | ``gains.*``             | (heads,)                      | see `ShapingGains` |
 
     The laws are "gaussian", N(0, 1/width), "gpt2", N(0, 0.02^2), "orthogonal", the Haar measure,
     and "zero". A product with a "gaussian" weight is the product with an N(0, 1) matrix divided by

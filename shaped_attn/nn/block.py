@@ -27,25 +27,23 @@ VARIANCE_TOLERANCE = 1e-5
 class TransformerBlock(Initialized, nn.Module):
     r"""An attention and an MLP with norms, skips and gains, one after the other or in parallel.
 
-    For the stream X (B, T, width), one after the other::
+    For the stream X (B, T, width), one after the other:
 
         Z  = attention_skip_gain X + attention_branch_gain attention(Norm(X))
         X' = mlp_skip_gain Z + mlp_branch_gain mlp(Norm(Z))
 
-    and in parallel, with one norm and no skip::
+    and in parallel, with one norm and no skip:
 
         X' = attention_branch_gain attention(Norm(X)) + mlp_branch_gain mlp(Norm(X))
 
-    =============================== ========= ====================================================
-    parameter                       shape     initial law
-    =============================== ========= ====================================================
-    ``attention.*``                           see `ShapedAttention`
-    ``mlp.*``                                 see `MLP`, `ShapedMLP`
-    ``{attention,mlp}_norm.weight`` (width,)  1
-    ``{attention,mlp}_norm.bias``   (width,)  0 (`torch.nn.LayerNorm` only)
-    ``attention_branch_gain``       ()        the start value (with ``learns_branch_gains``)
-    ``mlp_branch_gain``             ()        the start value (with ``learns_branch_gains``)
-    =============================== ========= ====================================================
+    | parameter                       | shape    | initial law |
+    | --- | --- | --- |
+    | ``attention.*``                 |          | see `ShapedAttention` |
+    | ``mlp.*``                       |          | see `MLP`, `ShapedMLP` |
+    | ``{attention,mlp}_norm.weight`` | (width,) | 1 |
+    | ``{attention,mlp}_norm.bias``   | (width,) | 0 (`torch.nn.LayerNorm` only) |
+    | ``attention_branch_gain``       | ()       | the start value (with ``learns_branch_gains``) |
+    | ``mlp_branch_gain``             | ()       | the start value (with ``learns_branch_gains``) |
 
     The weights of all projections may be replaced by stacks (networks, out, in) and drawn by
     ``reset_parameters``; X is then (networks, T, width), one network per batch entry.
@@ -161,7 +159,7 @@ class TransformerBlock(Initialized, nn.Module):
 class ShapedBlock(TransformerBlock):
     r"""Shaped attention and shaped MLP, each with a weighted skip around it.
 
-    For the stream X (B, T, width)::
+    For the stream X (B, T, width):
 
         Z  = skip_gain X + branch_gain attention(X)
         X' = skip_gain Z + branch_gain mlp(Z) ,            skip_gain^2 + branch_gain^2 = 1
@@ -169,14 +167,12 @@ class ShapedBlock(TransformerBlock):
     which is the block of the theory. With ``norm`` each branch, not the skip, reads a normalised
     stream: attention(Norm(X)), mlp(Norm(Z)).
 
-    ============================== ========= =====================================================
-    parameter                      shape     initial law
-    ============================== ========= =====================================================
-    ``attention.*``                          see `ShapedAttention`
-    ``mlp.*``                                see `ShapedMLP`
-    ``{attention,mlp}_norm.weight`` (width,) 1
-    ``{attention,mlp}_norm.bias``  (width,)  0 ("layer" only)
-    ============================== ========= =====================================================
+    | parameter                       | shape    | initial law |
+    | --- | --- | --- |
+    | ``attention.*``                 |          | see `ShapedAttention` |
+    | ``mlp.*``                       |          | see `ShapedMLP` |
+    | ``{attention,mlp}_norm.weight`` | (width,) | 1 |
+    | ``{attention,mlp}_norm.bias``   | (width,) | 0 ("layer" only) |
 
     The weights of all projections may be replaced by stacks (networks, out, in) and drawn by
     ``reset_parameters``; X is then (networks, T, width), one network per batch entry.
@@ -193,8 +189,8 @@ class ShapedBlock(TransformerBlock):
         mlp: whether there is an MLP half. Default True.
         norm: None (the default, as in the theory), "rms" (`torch.nn.RMSNorm`) or "layer"
             (`torch.nn.LayerNorm`), with eps 1e-6.
-        kv_heads, head_dim, is_causal, out_proj, scale, tau0, identity_gain, softmax_gain,
-            center_gain, gain_scheme, learned_gains, impl: as in `ShapedAttention`.
+        kv_heads, head_dim, is_causal, out_proj, scale, tau0: as in `ShapedAttention`.
+        identity_gain, softmax_gain, center_gain, gain_scheme, learned_gains, impl: likewise.
         mlp_ratio, c_plus, c_minus, trainable_slopes: as in `ShapedMLP`.
         device: of the parameters. Default: torch's default device.
         dtype: of the parameters. Default: torch's default dtype.

@@ -32,14 +32,12 @@ class ShapingGains(Initialized, nn.Module):
         buffer ``fraction`` from 0, shaped attention, to 1, where both are exactly 0 and what is
         left is ``softmax_gain`` times plain softmax attention (2306.17759).
 
-    ================== ========= ============================================== ===============
-    tensor             shape     present as                                     initial value
-    ================== ========= ============================================== ===============
-    ``identity_gain``  (heads,)  parameter if learned; buffer if given per head start value
-    ``softmax_gain``   (heads,)  parameter if learned; buffer if given per head start value
-    ``center_gain``    (heads,)  parameter if learned; buffer if given per head start value
-    ``fraction``       ()        buffer with "recover"                          0
-    ================== ========= ============================================== ===============
+    | tensor            | shape    | present as                               | initial value |
+    | --- | --- | --- | --- |
+    | ``identity_gain`` | (heads,) | parameter if learned, buffer if per head | start value |
+    | ``softmax_gain``  | (heads,) | parameter if learned, buffer if per head | start value |
+    | ``center_gain``   | (heads,) | parameter if learned, buffer if per head | start value |
+    | ``fraction``      | ()       | buffer with "recover"                    | 0 |
 
     All are part of the state dict; gains that are one fixed number are not tensors.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class KeyValueCache:
     """Keys and values of the tokens that a decoder has read, so that it reads each token once.
 
-    A `ShapedTransformer` that is given a cache reads further tokens of the sequences in it::
+    A `ShapedTransformer` that is given a cache reads further tokens of the sequences in it:
 
         cache = KeyValueCache(capacity=128)
         with torch.no_grad():

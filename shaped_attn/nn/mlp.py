@@ -40,16 +40,14 @@ def shaped_relu(x: Tensor, s_plus: Gain, s_minus: Gain) -> Tensor:
 class MLP(Initialized, nn.Module):
     r"""Two matrices with an activation between them, mixed with a residual.
 
-    For x (..., width), with hidden = mlp_ratio width::
+    For x (..., width), with hidden = mlp_ratio width:
 
         forward(x, residual) = skip_gain residual + branch_gain activation(x W_pre) W_post
 
-    ===================== ================= ==================================================
-    parameter             shape             initial law
-    ===================== ================= ==================================================
-    ``pre.weight``        (hidden, width)   ``law``
-    ``post.weight``       (width, hidden)   ``law``
-    ===================== ================= ==================================================
+    | parameter       | shape           | initial law |
+    | --- | --- | --- |
+    | ``pre.weight``  | (hidden, width) | ``law`` |
+    | ``post.weight`` | (width, hidden) | ``law`` |
 
     There are no biases. The two weights may be replaced by stacks (networks, out, in); x is then
     (networks, ..., width).
@@ -125,7 +123,7 @@ class MLP(Initialized, nn.Module):
 class ShapedMLP(MLP):
     r"""Two matrices with a shaped ReLU between them, mixed with a residual.
 
-    For x (..., width), with hidden = mlp_ratio width::
+    For x (..., width), with hidden = mlp_ratio width:
 
         forward(x, residual) = skip_gain residual + branch_gain sqrt(c_n) sigma_s(x W_pre) W_post
 
@@ -135,14 +133,12 @@ class ShapedMLP(MLP):
     The slopes depend on ``width``, not on the hidden width. c_n keeps the mean square of what it
     multiplies; with trained slopes it follows them.
 
-    ===================== ================= ====================================================
-    parameter             shape             initial law
-    ===================== ================= ====================================================
-    ``pre.weight``        (hidden, width)   N(0, 1/width), independent
-    ``post.weight``       (width, hidden)   N(0, 1/hidden), independent
-    ``c_plus``            ()                the value given (with ``trainable_slopes``)
-    ``c_minus``           ()                the value given (with ``trainable_slopes``)
-    ===================== ================= ====================================================
+    | parameter       | shape           | initial law |
+    | --- | --- | --- |
+    | ``pre.weight``  | (hidden, width) | N(0, 1/width), independent |
+    | ``post.weight`` | (width, hidden) | N(0, 1/hidden), independent |
+    | ``c_plus``      | ()              | the value given (with ``trainable_slopes``) |
+    | ``c_minus``     | ()              | the value given (with ``trainable_slopes``) |
 
     The two weights may be replaced by stacks (networks, out, in); x is then
     (networks, ..., width).

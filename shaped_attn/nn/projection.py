@@ -15,18 +15,16 @@ from .initialization import Initialized, Law, gaussian
 class Projection(Initialized, nn.Linear):
     r"""Linear map without bias, mixed with a residual in the epilogue of the product.
 
-    For x (..., in) and the weight W (out, in)::
+    For x (..., in) and the weight W (out, in):
 
         forward(x, residual) = skip_gain * residual + branch_gain * x W^T
 
     W may be replaced by a stack (networks, out, in), one matrix per network; x is then
     (networks, ..., in).
 
-    ========== ============ ================================================
-    parameter  shape        initial law
-    ========== ============ ================================================
-    ``weight`` (out, in)    ``law``; by default N(0, 1/in), independent
-    ========== ============ ================================================
+    | parameter  | shape     | initial law |
+    | --- | --- | --- |
+    | ``weight`` | (out, in) | ``law``; by default N(0, 1/in), independent |
 
     Args:
         in_features: size of the last dimension of x.

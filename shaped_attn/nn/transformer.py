@@ -88,10 +88,12 @@ class ShapedTransformerConfig:
             paper, if there is one at all.
         heads, kv_heads, head_dim, impl, mlp_ratio: of every block, with the defaults of
             `ShapedBlock`, except 4 heads.
-        branch_gain, skip_gain, preserves_variance, out_proj, scale, tau0, identity_gain,
-            softmax_gain, center_gain, gain_scheme, learned_gains, c_plus, c_minus,
-            trainable_slopes: of every block of "shaped", with the defaults of `ShapedBlock`; of
-            other methods they are part of what the method is. Gains per head are stored as tuples.
+        branch_gain, skip_gain, preserves_variance, out_proj, scale, tau0: of every block of
+            "shaped", with the defaults of `ShapedBlock`; of other methods they are part of what
+            the method is.
+        identity_gain, softmax_gain, center_gain, gain_scheme, learned_gains: likewise. Gains per
+            head are stored as tuples.
+        c_plus, c_minus, trainable_slopes: likewise.
 
     Raises:
         TypeError: a value has the wrong type, or a field without default is missing.
@@ -347,18 +349,17 @@ class ShapedTransformer(Initialized, nn.Module):
     positions P, so that V_ii = |X_i|^2 / width is 1 on average whatever the width. A tied head
     computes logits X E^T / sqrt(width), which at the start have the law of an untied one.
 
-    ============================= ======================= ====================================
-    parameter                     shape                   initial law
-    ============================= ======================= ====================================
-    ``embedding.weight``          (vocab_size, width)     N(0, 1), independent
-    ``position_embedding.weight`` (max_length, width)     N(0, 1), independent ("learned" only)
-    ``blocks.*``                                          see `TransformerBlock`; of "shaped",
-                                                          `ShapedBlock`
-    ``final_norm.weight``         (width,)                1
-    ``final_norm.bias``           (width,)                0 ("layer" only)
-    ``head.weight``               (vocab_size or          N(0, 1/width), independent; absent
-                                  num_labels, width)      if tied or without a head
-    ============================= ======================= ====================================
+    | parameter                     | shape               | initial law |
+    | --- | --- | --- |
+    | ``embedding.weight``          | (vocab_size, width) | N(0, 1), independent |
+    | ``position_embedding.weight`` | (max_length, width) | the same ("learned" only) |
+    | ``blocks.*``                  |                     | see `TransformerBlock`, `ShapedBlock` |
+    | ``final_norm.weight``         | (width,)            | 1 |
+    | ``final_norm.bias``           | (width,)            | 0 ("layer" only) |
+    | ``head.weight``               | (classes, width)    | N(0, 1/width), independent |
+
+    There is no ``head.weight`` without a head or with tied embeddings; its classes are vocab_size
+    or num_labels.
 
     The laws of the blocks are those of the papers; embeddings and heads, which the papers' theory
     does not have, are chosen such that the stream starts, and logits stay, at variance 1.

@@ -149,7 +149,7 @@ class Comparison:
 def compare(first: CovarianceSample, second: CovarianceSample, level: float = 0.01) -> Comparison:
     """Compare every correlation and variance of two samples at their last time.
 
-    Two-sample Kolmogorov-Smirnov tests, with the critical value::
+    Two-sample Kolmogorov-Smirnov tests, with the critical value:
 
         sqrt(-log(alpha / 2) / 2) sqrt(1/N1 + 1/N2),      alpha = level / (number of statistics)
 

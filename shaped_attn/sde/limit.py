@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class LimitChain:
     """The chain (66), which draws the logits and one Wishart matrix W for each step.
 
-    The equation::
+    The equation:
 
         K = skip_gain^2 V + branch_gain^2 mean_h(A_h V A_h^T)
         K <- K + branch_gain^2 dt mu_mlp(K)

@@ -15,7 +15,7 @@ from torch import Tensor
 def attention_drift(v: Tensor, rows: Tensor, squared_gain: Tensor, gain: Tensor) -> Tensor:
     """Return the drift of attention for branch gain 1 and tau0 = 1, in O(m^3).
 
-    The equation, (15) with the traces of (17)::
+    The equation, (15) with the traces of (17):
 
         mu_ij = V_ij tr(J_i V J_j V) + (1/2) ( V_ii (V s_i)_j + V_jj (V s_j)_i )
 
@@ -71,7 +71,7 @@ def linear_diffusion(v: Tensor) -> Tensor:
 def attention_diffusion(v: Tensor, rows: Tensor, squared_gain: Tensor) -> Tensor:
     """Return the diffusion of the attention matrix for branch gain 1 and tau0 = 1, (14).
 
-    The equation, with K^{uw} = V J_u V J_w V::
+    The equation, with K^{uw} = V J_u V J_w V:
 
         V_ip K^{ip}_jq + V_iq K^{iq}_jp + V_jp K^{jp}_iq + V_jq K^{jq}_ip
 

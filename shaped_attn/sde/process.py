@@ -45,7 +45,7 @@ class Coefficients(NamedTuple):
 class CovarianceSDE(BlockSettings):
     """The law of V = X X^T / n when depth and width grow at a fixed ratio.
 
-    As depth / width = t stays fixed, V of a network of `BlockSettings` converges to::
+    As depth / width = t stays fixed, V of a network of `BlockSettings` converges to:
 
         dV = mu(V) dt + dN,      E[dN_ij dN_pq] = Sigma_{ij,pq}(V) dt
 

@@ -20,7 +20,7 @@ OUT_PROJ = ("none", "orthogonal", "gaussian")
 class Detuning:
     """Mismatches of order 1 / width, which keep a limit and add to its drift.
 
-    In a network of width n::
+    In a network of width n:
 
         identity gain 1 + identity / n,    softmax gain - center gain = softmax / n,
         skip_gain^2 + branch_gain^2 = 1 + variance / n
@@ -49,7 +49,7 @@ class ZeroLogitAttention(NamedTuple):
 class BlockSettings:
     """One block: attention, then an MLP, each mixed with its skip path.
 
-    For tokens X (m, n) of covariance V = X X^T / n, with weights W of iid N(0, 1/fan-in) entries::
+    For tokens X (m, n) of covariance V = X X^T / n, with weights W of iid N(0, 1/fan-in) entries:
 
         Z  = skip_gain X + branch_gain A X W_V [W_O]
         X' = skip_gain Z + branch_gain sqrt(c_n) sigma(Z W_pre) W_post

@@ -81,7 +81,7 @@ def unigram_entropy(corpus: Corpus, coded: Tensor | None = None) -> float:
     """Nats per byte of text that is coded by the byte frequencies of the training part.
 
     What a model reaches that looks at no context at all. With n_b the number of bytes b in the
-    training part, and m_b in the coded text of m bytes::
+    training part, and m_b in the coded text of m bytes:
 
         - sum_b m_b / m  log( (n_b + 1) / sum_c (n_c + 1) )
 

@@ -18,7 +18,7 @@ TENSORBOARD = "tensorboard"
 class MetricsLog:
     """Writes JSON lines, and sends their numbers to TensorBoard.
 
-    The lines are of these kinds::
+    The lines are of these kinds:
 
         {"kind": "validation", "step": 0, "loss": 5.9}
         {"kind": "train", "step": 1, "loss": 5.9, "learning_rate": 2e-05, "gradient_norm": 1.2,

@@ -12,7 +12,7 @@ def learning_rate_factor(
 ) -> float:
     """Return the learning rate of a step over the peak learning rate.
 
-    With p = (step - warmup_steps) / (steps - warmup_steps) and f = final_share::
+    With p = (step - warmup_steps) / (steps - warmup_steps) and f = final_share:
 
         (step + 1) / warmup_steps            step < warmup_steps
         f + (1 - f) (1 + cos(pi p)) / 2      "cosine"
