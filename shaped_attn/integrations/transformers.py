@@ -19,7 +19,7 @@ try:
     import transformers
 except ImportError as error:
     raise ImportError(
-        "shaped_attn.integrations.transformers needs transformers 5.4 or later, got none. "
+        "shaped_attn.integrations.transformers needs transformers 5.8 or later, got none. "
         "Install it with: pip install 'shaped-attn[transformers]'."
     ) from error
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
@@ -880,9 +880,9 @@ def _register() -> None:
         setattr(PreTrainedModel, name, wrap(getattr(PreTrainedModel, name)))
 
 
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):
     raise ImportError(
-        f"shaped_attn.integrations.transformers needs transformers 5.4 or later, got "
+        f"shaped_attn.integrations.transformers needs transformers 5.8 or later, got "
         f"{transformers.__version__}. Upgrade it with: pip install --upgrade transformers."
     )
 _register()

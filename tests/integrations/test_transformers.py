@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.8")
 
 from transformers import (  # noqa: E402
     AutoModel,
@@ -20,6 +20,8 @@ from transformers import (  # noqa: E402
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
@@ -372,6 +374,22 @@ def test_chunked_prefill(family):
         assert (torch.cat(parts, 1) - want).abs().max() < 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize("cast", ["model", "autocast"])
+def test_bfloat16(cast):
+    """Gains have the dtype of the weights, and the model still trains."""
+    model, inputs = build("llama").train(), inputs_of("llama", "right")
+    model = model.bfloat16() if cast == "model" else model
+    apply_shaped_attention(model, trainable_gains=True)
+    assert {p.dtype for p in model.parameters()} == {model.dtype}
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        cache = DynamicCache(config=model.config)
+        model(inputs["input_ids"], past_key_values=cache)
+        model(inputs["input_ids"][:, :1], past_key_values=cache)
+    gains = attention_of(model).shaped_gains
+    assert (gains.identity_gain.grad != 0).all() and (gains.center_gain.grad != 0).all()
+
+
 @decoders
 def test_gradient_checkpointing_changes_nothing(family):
     model, inputs = shaped(family).train(), inputs_of(family, "right")
@@ -403,6 +421,8 @@ def test_from_pretrained_gives_the_same_model(family, gains, tmp_path):
         want = model(**inputs).logits
         for folder in ("first", "second"):  # what was loaded saves as well
             model.save_pretrained(tmp_path / folder)
+            config = json.loads((tmp_path / folder / "config.json").read_text())
+            assert config["attn_implementation"] == ATTENTION
             model = type(model).from_pretrained(tmp_path / folder)
             assert torch.equal(model(**inputs).logits, want)
     assert (
@@ -413,7 +433,6 @@ def test_from_pretrained_gives_the_same_model(family, gains, tmp_path):
 
 def test_saved_config_is_refused_where_it_would_load_as_a_plain_model(tmp_path):
     apply_shaped_attention(build("llama")).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["attn_implementation"] == ATTENTION
     code = (
         f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(tmp_path)!r})"
     )
@@ -461,29 +480,50 @@ def test_other_models_are_left_alone():
     assert model(**inputs, output_hidden_states=True).logits.isfinite().all()
 
 
-def test_parts_of_a_composite_model_keep_their_own_choice(tmp_path):
-    from transformers import CLIPConfig, CLIPModel
-
+def clip_config():
     small = {
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    config = CLIPConfig(
+    return CLIPConfig(
         text_config=small | {"vocab_size": 50, "max_position_embeddings": 12},
         vision_config=small | {"image_size": 8, "patch_size": 4},
         projection_dim=16,
     )
-    model = CLIPModel(config).eval()
+
+
+def clip_logits(model):
+    generator = torch.Generator().manual_seed(4)
+    pixels = torch.randn(1, 3, 8, 8, generator=generator)
+    with torch.no_grad():
+        return model(input_ids=torch.arange(10)[None], pixel_values=pixels).logits_per_image
+
+
+def test_parts_of_a_composite_model_keep_their_own_choice(tmp_path):
+    model = CLIPModel(clip_config()).eval()
     apply_shaped_attention(model.vision_model, identity_gain=0.3)
-    inputs = {"input_ids": torch.arange(10)[None], "pixel_values": torch.randn(1, 3, 8, 8)}
-    want = model(**inputs).logits_per_image
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
-    assert torch.allclose(loaded(**inputs).logits_per_image, want, atol=1e-5)
+    assert torch.allclose(clip_logits(loaded), clip_logits(model), atol=1e-5)
     shaped_parts = [n for n, _ in loaded.named_modules() if n.endswith("shaped_gains")]
     assert shaped_parts and all("vision" in name for name in shaped_parts)
+
+
+def test_all_parts_of_a_composite_model(tmp_path):
+    model = CLIPModel(clip_config()).eval()
+    built = CLIPModel(configure_shaped_attention(clip_config(), trainable_gains=True)).eval()
+    built.load_state_dict(model.state_dict(), strict=False)
+    perturb(apply_shaped_attention(model, trainable_gains=True))
+    assert torch.allclose(clip_logits(perturb(built)), clip_logits(model), atol=1e-5)
+    for number, whole in enumerate((model, built)):  # a part remembers the choice
+        whole.text_model.save_pretrained(tmp_path / str(number))
+        part = AutoModel.from_pretrained(tmp_path / str(number))
+        assert len([name for name, _ in part.named_parameters() if "shaped_gains" in name]) == 2
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.allclose(clip_logits(loaded), clip_logits(model), atol=1e-5)
 
 
 # --------------------------------------------------------------------------- refusals
@@ -691,6 +731,40 @@ def test_width_scale_where_the_model_scales_its_queries():
         assert (found(ids).logits - want).abs().max() < 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize("name", ["Llava", "PaliGemma", "Gemma3"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_images_in_text(name, cache):
+    """Gemma3 and PaliGemma let the tokens of an image, or of the prompt, see each other."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4, "projection_dim": 32}
+    image, text = 95, ROTARY | {"num_hidden_layers": 1, "head_dim": 8}
+    ids = inputs_of("llama", batch=1, length=20)["input_ids"].clamp(max=90)
+    ids[:, 2:18] = image
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["pixel_values"] = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    if name == "Llava":
+        options = {"text_config": LlamaConfig(**text), "vision_feature_layer": -1}
+        options["vision_config"] = transformers.CLIPVisionConfig(**vision)
+    else:
+        vision |= {"vision_use_head": False, "model_type": "siglip_vision_model"}
+        options = {"text_config": text, "vision_config": vision}
+        inputs["token_type_ids"] = (ids == image).long()
+    if name == "PaliGemma":
+        options["text_config"] = text | {"model_type": "gemma"}
+        options["projection_dim"] = 32
+        inputs["token_type_ids"] *= 0
+    if name == "Gemma3":
+        options |= {"mm_tokens_per_image": 16, "boi_token_id": 94, "eoi_token_id": 96}
+    config = getattr(transformers, f"{name}Config")(image_token_id=image, **options)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    perturb(apply_shaped_attention(model, trainable_gains=True))
+    generate = {"max_new_tokens": 6, "do_sample": False}
+    want = model.generate(**inputs, use_cache=False, **generate)
+    found = model.generate(**inputs, cache_implementation=cache, **generate)
+    assert torch.equal(found, want)
+
+
 @pytest.mark.parametrize("name", ["Whisper", "Bart"])
 def test_encoder_decoder_without_identity_term(name):
     options = {"max_source_positions": 16, "max_target_positions": 32, "num_mel_bins": 8}
@@ -725,7 +799,7 @@ def test_encoder_decoder_without_identity_term(name):
             "Model",
             {"d_model": 32, "d_ff": 48, "num_layers": 1},
             {},
-            "T5Attention. adds a pos",
+            "T5",
         ),
         ("Siglip", "VisionModel", ENCODER, {}, "SiglipMultiheadAttentionPoolingHead. does not"),
         ("Mamba", "ForCausalLM", {"hidden_size": 32, "num_hidden_layers": 1}, {}, "Mamba"),
