@@ -420,6 +420,8 @@ def _step(
     # 0, but the addresses of k and v are then formed here, not kept in registers.
     zero = step >> 30
     k = memory.keys.index(c + zero).reshape([ROWS, C.width])
+    if C.makes_dk:
+        v = memory.keys.index(C.consumers + c + zero).reshape([ROWS, C.width])
     q = memory.queries.index(stage).reshape([C.block_t, C.width])
     d_out = memory.queries.index(C.stages + stage).reshape([C.block_t, C.width])
     # [ROWS, block_t]
@@ -429,7 +431,6 @@ def _step(
     scores = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
     mbarrier.wait(_ring(memory.bars, D_OUT_FULL, step, C), parity)
     if C.makes_dk:
-        v = memory.keys.index(C.consumers + c + zero).reshape([ROWS, C.width])
         d_weights = warpgroup_mma(v, d_out.permute([1, 0]), zeros, use_acc=False, is_async=True)
     exponent = _row_term(memory.terms, EXPONENT, stage, C)
     scores = warpgroup_mma_wait(1 if C.makes_dk else 0, deps=[scores])
