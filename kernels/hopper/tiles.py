@@ -1,4 +1,4 @@
-"""Tiles of the Hopper kernels: what was fastest of a sweep on an H100, by release of Triton.
+"""Tiles of the Hopper kernels: those of the fastest prototypes on an H100, by release of Triton.
 
 The assembler that comes with Triton 3.9 needs more registers: tiles that spill there are others.
 """
