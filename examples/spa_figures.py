@@ -14,7 +14,7 @@ import torch
 
 from shaped_attn import plots
 from shaped_attn.priors import ESPA, USPA
-from shaped_attn.spa import input_kernel, propagate
+from shaped_attn.sde.token_kernel import input_kernel, propagate
 
 
 def main() -> None:

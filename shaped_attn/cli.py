@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .fidelity import FidelityReport, Table
-    from .prediction import NetworkComparison, Prediction, Settings
     from .sde.comparison import Comparison
+    from .sde.prediction import NetworkComparison, Prediction, Settings
     from .sde.sample import CovarianceSample
 
 IMPLS = ("triton", "torch", "reference")
@@ -444,7 +444,7 @@ def predict(
     _check_files(plot, output)
     settings = _make_settings(config, flags)
 
-    from . import prediction
+    from .sde import prediction
 
     with _long_work(torch_device) as work:
         result = prediction.predict(settings, device=torch_device, **work)
@@ -475,7 +475,7 @@ def compare(
     _check_files(plot, output)
     settings = _make_settings(config, flags)
 
-    from . import prediction
+    from .sde import prediction
 
     with usage_errors():
         prediction.check_comparison(settings)
@@ -500,8 +500,8 @@ def usage_errors() -> Iterator[None]:
 
 
 def _make_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
-    from . import prediction
     from .config_file import naming
+    from .sde import prediction
 
     given = {name: value for name, value in flags.items() if value is not None}
     with usage_errors():
@@ -584,7 +584,7 @@ def _write_results(
     """Print a result and write its files, as far as there is one."""
     from rich.console import Console
 
-    from . import prediction
+    from .sde import prediction
 
     text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
     if as_json:
@@ -733,7 +733,7 @@ def _print_summary(report: FidelityReport, console: Console) -> None:
 
 
 def _print_prediction(result: Prediction, console: Console) -> None:
-    from . import prediction
+    from .sde import prediction
 
     settings, sample = result.settings, result.sample
     console.print(
@@ -757,7 +757,7 @@ def _print_prediction(result: Prediction, console: Console) -> None:
 
 
 def _print_comparison(result: NetworkComparison, console: Console) -> None:
-    from . import prediction
+    from .sde import prediction
 
     settings, comparison = result.settings, result.comparison
     networks = "no" if result.networks is None else _count_of(result.networks)
@@ -794,7 +794,7 @@ def _print_comparison(result: NetworkComparison, console: Console) -> None:
 
 
 def _print_assumptions(settings: Settings, console: Console) -> None:
-    from . import prediction
+    from .sde import prediction
 
     console.print()
     for line in ("Assumed:", *prediction.assumptions(settings)):
@@ -811,7 +811,7 @@ def _quantile_table(result: Prediction):
     """Quantiles at a few depths: one row for each depth, three columns for each statistic."""
     from rich.table import Table as RichTable
 
-    from . import prediction
+    from .sde import prediction
 
     names = prediction.shown_statistics(result.sample.tokens)
     # Narrow: all of it is to fit into 80 columns.
@@ -837,7 +837,7 @@ def _comparison_table(comparison: Comparison, method: str):
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from . import prediction
+    from .sde import prediction
     from .sde.sample import Estimate
 
     found = list(comparison.statistics.values())

@@ -31,7 +31,7 @@ from torch import Tensor
 from .sde.sample import LEVELS, CovarianceSample, quantile
 from .sde.settings import check_count, check_number, check_positive
 from .sde.stopping_map import StoppingTimeMap
-from .spa import Propagation
+from .sde.token_kernel import Propagation
 from .validation import fail
 
 SUFFIXES = (".pdf", ".png", ".svg")
@@ -796,7 +796,8 @@ def plot_token_kernels(
     the upper left corner.
 
     Args:
-        propagations: what to draw, by the name to show, as `shaped_attn.spa.propagate` returns it.
+        propagations: what to draw, by the name to show, as
+            `shaped_attn.sde.token_kernel.propagate` returns it.
         layers: numbers of layers, one column for each; 0 is the input.
         title: stands above the figure. Default none.
 
@@ -860,7 +861,7 @@ def _check_propagations(propagations: Mapping[str, Propagation], layers: Sequenc
                 f"propagations[{name!r}]",
                 "must be a Propagation",
                 type(propagation).__name__,
-                "shaped_attn.spa.propagate returns one.",
+                "shaped_attn.sde.token_kernel.propagate returns one.",
             )
         if max(layers) > propagation.layers:
             fail(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..prediction import format_estimate, format_number, format_statistic
 from ..sde import Comparison, CovarianceSample, Estimate, StatisticComparison
 from ..sde.paths import EIGENVALUE_RANGE
+from ..sde.prediction import format_estimate, format_number, format_statistic
 from . import figures
 from .covariance import CORRELATION, VARIANCE, CovarianceResult
 

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import config_file
-from ._version import __version__
-from .nn.checks import check_divides, check_number, check_size
-from .sde import tuning as sde_tuning
-from .sde.comparison import Comparison, compare, critical_value, plain
-from .sde.paths import EIGENVALUE_RANGE
-from .sde.process import INTEGRATORS, CovarianceSDE, check_start, equicorrelated
-from .sde.sample import LEVELS, CovarianceSample, Estimate, fraction, quantile, quantile_error
-from .sde.settings import OUT_PROJ
-from .sde.tuning import Candidate, End, Interval, Tuning, mean_correlation, tune
-from .validation import fail
+from .. import config_file
+from .._version import __version__
+from ..nn.checks import check_divides, check_number, check_size
+from ..validation import fail
+from . import tuning as sde_tuning
+from .comparison import Comparison, compare, critical_value, plain
+from .paths import EIGENVALUE_RANGE
+from .process import INTEGRATORS, CovarianceSDE, check_start, equicorrelated
+from .sample import LEVELS, CovarianceSample, Estimate, fraction, quantile, quantile_error
+from .settings import OUT_PROJ
+from .tuning import Candidate, End, Interval, Tuning, mean_correlation, tune
 
 if TYPE_CHECKING:
-    from .sde.network import FiniteNetwork
+    from .network import FiniteNetwork
 
 MEAN_CORRELATION = "mean_correlation"
 METHODS = ("network", "chain")
@@ -226,7 +226,7 @@ class Settings:
 
     def network(self) -> FiniteNetwork:
         """Return the networks."""
-        from .sde.network import FiniteNetwork
+        from .network import FiniteNetwork
 
         return FiniteNetwork(
             width=self.width, depth=self.depth, head_dim=self.head_dim, **self._block()

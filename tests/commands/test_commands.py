@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from shaped_attn import __version__, cli, environment, fidelity, shaped_attention
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def invoke(*args):

@@ -10,7 +10,7 @@ import pytest
 
 from shaped_attn.train import metrics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = {
     "depth": 2,
     "width": 16,

@@ -1,8 +1,8 @@
 """The spread of rounding holds for any draw and any maths library.
 
 The libraries read their settings when they load, so each setting has a process of its own:
-``TRITON_INTERPRET=1 OPENBLAS_CORETYPE=Zen python tests/test_rounding_spread.py 20`` prints the
-largest ratio of error to budget, for each quantity, over 20 draws.
+``TRITON_INTERPRET=1 OPENBLAS_CORETYPE=Zen python tests/operator/test_rounding_spread.py 20`` prints
+the largest ratio of error to budget, for each quantity, over 20 draws.
 """
 
 import dataclasses

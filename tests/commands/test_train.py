@@ -19,7 +19,7 @@ from shaped_attn.train.settings import TrainSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = {
     "depth": 1,
     "width": 16,

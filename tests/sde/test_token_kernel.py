@@ -1,6 +1,8 @@
 """The kernel of tokens over depth: its targets, real networks, and what shows a wrong prior."""
 
+import importlib
 import math
+import sys
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from shaped_attn.nn.activations import (
 )
 from shaped_attn.nn.initialization import orthogonal
 from shaped_attn.priors import ESPA, USPA, prior_matrix
-from shaped_attn.spa import Propagation, input_kernel, propagate
+from shaped_attn.sde.token_kernel import Propagation, input_kernel, propagate
 
 TOKENS = 64
 EYE = torch.eye(TOKENS, dtype=torch.float64)
@@ -439,3 +441,10 @@ def test_arguments_of_input_kernel():
     ):
         with pytest.raises(error, match=message):
             input_kernel(ids, **change)
+
+
+def test_the_former_name_says_the_new_one():
+    sys.modules.pop("shaped_attn.spa", None)
+    with pytest.warns(DeprecationWarning, match=r"shaped_attn\.sde\.token_kernel"):
+        former = importlib.import_module("shaped_attn.spa")
+    assert former.propagate is propagate

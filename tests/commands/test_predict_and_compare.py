@@ -11,10 +11,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from shaped_attn import cli, prediction
-from shaped_attn.prediction import Settings, make_settings, read_config
-from shaped_attn.sde import CovarianceSDE, equicorrelated
+from shaped_attn import cli
+from shaped_attn.sde import CovarianceSDE, equicorrelated, prediction
 from shaped_attn.sde.network import FiniteNetwork
+from shaped_attn.sde.prediction import Settings, make_settings, read_config
 from shaped_attn.sde.sample import CovarianceSample, Estimate, quantile, quantile_error
 from shaped_attn.sde.tuning import Candidate, End, Interval, Tuning
 

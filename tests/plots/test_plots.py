@@ -21,7 +21,7 @@ from shaped_attn.sde import CovarianceSDE, equicorrelated
 from shaped_attn.sde.sample import CovarianceSample
 from shaped_attn.sde.stopping_map import StoppingTimeMap, stopping_time_map
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 
 def make_sample(source="sde", *, tokens=3, paths=200, times=9, end=1.0, dtype=torch.float64):

@@ -287,7 +287,7 @@ LAWS = {
 
 @pytest.mark.parametrize("name", LAWS)
 def test_networks_have_the_law_of_the_chain(name):
-    """Two descriptions of the same thing; test_sde_chain.py has a third, written out."""
+    """Two descriptions of the same thing; test_chain.py has a third, written out."""
     network = FiniteNetwork(width=16, depth=3, tau0=0.3, branch_gain=0.7, **LAWS[name])
     v0 = generic(3)
     samples = [

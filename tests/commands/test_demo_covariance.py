@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from shaped_attn.demo import covariance, covariance_page, figures
-from shaped_attn.prediction import format_estimate, format_number
 from shaped_attn.sde import Estimate, compare
+from shaped_attn.sde.prediction import format_estimate, format_number
 
 SMALL = covariance.CovarianceConfig(
     width=16,

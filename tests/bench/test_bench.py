@@ -17,7 +17,7 @@ from shaped_attn import plots, speed
 from shaped_attn.cli import cli
 from shaped_attn.testing import Case
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 
 # What an H100 measured, in the columns of an older script.

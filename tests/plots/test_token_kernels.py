@@ -11,9 +11,9 @@ import torch
 
 from shaped_attn import plots
 from shaped_attn.priors import ESPA, USPA
-from shaped_attn.spa import input_kernel, propagate
+from shaped_attn.sde.token_kernel import input_kernel, propagate
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 TOKENS, LAYERS = 6, 5
 
 

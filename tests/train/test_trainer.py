@@ -23,7 +23,7 @@ from shaped_attn.train.settings import TrainSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = {
     "depth": 2,
     "width": 16,

@@ -15,7 +15,7 @@ from shaped_attn.kernels import configs
 from shaped_attn.kernels.configs import TileConfig
 from shaped_attn.kernels.primitives import ROW_ALIGNMENT
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 SMALL = TileConfig(16, 16, 4, 1, sum_block=16)
 MASKS = ["full", "causal"]
 
