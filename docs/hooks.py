@@ -38,7 +38,7 @@ def on_files(files, config):
 
 
 def on_config(config):
-    # mkdocs-click imports shaped_attn.cli, which needs click alone; the package itself needs torch.
+    # mkdocs-click imports shaped_attn.commands, which needs click alone; the package itself needs torch.
     package = types.ModuleType("shaped_attn")
     package.__path__ = [str(ROOT / "shaped_attn")]
     sys.modules["shaped_attn"] = package

@@ -1,6 +1,6 @@
 """``python -m shaped_attn`` is the command ``shaped-attn``."""
 
-from .cli import main
+from .commands import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from shaped_attn import plots, speed
-from shaped_attn.cli import cli
+from shaped_attn.commands import cli
 from shaped_attn.testing import Case
 
 ROOT = Path(__file__).resolve().parents[2]

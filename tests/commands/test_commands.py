@@ -8,13 +8,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from shaped_attn import __version__, cli, environment, fidelity, shaped_attention
+from shaped_attn import __version__, commands, environment, fidelity, shaped_attention
+from shaped_attn.commands import check, common
 
 ROOT = Path(__file__).parents[2]
 
 
 def invoke(*args):
-    return CliRunner().invoke(cli.cli, list(args))
+    return CliRunner().invoke(commands.cli, list(args))
 
 
 def run_module(*args, **variables):
@@ -91,7 +92,7 @@ def test_check_names_the_family_that_ran(device):
     assert {row["family"] for row in report.to_dict()["measurements"]} == {"portable"}
     assert report.settings["family"] == "portable"
     (table,) = fidelity.tables(report)
-    title, _ = cli._render(table, device).renderables
+    title, _ = check.render(table, device).renderables
     assert title.plain.endswith("fp32, T = 16, sink key, portable kernels")
 
 
@@ -102,7 +103,7 @@ def test_hopper_kernels_are_refused_before_any_work_where_there_is_no_hopper(dev
     result = invoke("check", "--family", "hopper")
     assert result.exit_code == 2, result.output
     assert "'hopper' needs a GPU of compute capability 9.0" in " ".join(result.stderr.split())
-    result = CliRunner(env={"SHAPED_ATTN_FAMILY": "hopper"}).invoke(cli.cli, ["check"])
+    result = CliRunner(env={"SHAPED_ATTN_FAMILY": "hopper"}).invoke(commands.cli, ["check"])
     assert result.exit_code == 2, result.output
 
 
@@ -115,8 +116,8 @@ def test_a_kernel_that_hangs_does_not_hang_the_check(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
     import broken_kernels
 
-    monkeypatch.setattr(cli, "_may_hang", lambda *_: True)
-    monkeypatch.setattr(cli, "_processes", lambda: 1)
+    monkeypatch.setattr(check, "_may_hang", lambda *_: True)
+    monkeypatch.setattr(check, "_processes", lambda: 1)
     for name, message in (("raises", "illegal memory access"), ("never_ends", "no report in 2 s")):
         monkeypatch.setattr(fidelity, "_measure_point", getattr(broken_kernels, name))
         result = invoke("check", "--impl", "torch", "--quick", "--watchdog", "2")
@@ -162,13 +163,13 @@ def test_main_turns_an_interrupt_into_130_and_hides_no_error(monkeypatch, raised
 
     monkeypatch.setattr(environment, "collect", fail)
     monkeypatch.setattr(sys, "argv", ["shaped-attn", "env"])
-    monkeypatch.setattr(cli, "_is_program", False)
+    monkeypatch.setattr(common, "is_program", False)
     if code is None:
         with pytest.raises(RuntimeError, match="broken"):
-            cli.main()
+            commands.main()
     else:
         with pytest.raises(SystemExit) as error:
-            cli.main()
+            commands.main()
         assert error.value.code == code
 
 

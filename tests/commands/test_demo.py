@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from matplotlib.image import imread
 from rich.console import Console
 
-from shaped_attn import cli, fidelity, interrupt
+from shaped_attn import commands, fidelity, interrupt
+from shaped_attn.commands import demo
 from shaped_attn.demo import covariance, figures, page, run, training
 from shaped_attn.demo.model import Decoder, ModelConfig
 from shaped_attn.sde.prediction import format_number
@@ -539,14 +540,14 @@ def test_the_console_says_what_the_comparison_found(finished, monkeypatch, agree
 def tiny_command(monkeypatch):
     monkeypatch.setattr(run, "preset", lambda device: (TINY_MODEL, TINY_TRAINING))
     monkeypatch.setattr(run, "Settings", partial(run.Settings, covariance=TINY_COVARIANCE))
-    monkeypatch.setattr(cli, "_default_impls", lambda device: ("torch",))
+    monkeypatch.setattr(demo, "default_impls", lambda device: ("torch",))
     monkeypatch.setattr(fidelity, "default_length", lambda impl, device: 16)
 
 
 def test_the_command_runs_from_end_to_end(tiny_command, tmp_path):
     output = tmp_path / "new" / "folder"
     result = CliRunner().invoke(
-        cli.cli, ["demo", "--output", str(output), "--steps", "4", "--seed", "7"]
+        commands.cli, ["demo", "--output", str(output), "--steps", "4", "--seed", "7"]
     )
     assert result.exit_code == 0, result.output
     assert (output / run.PAGE).stat().st_size > 20_000
@@ -558,7 +559,7 @@ def test_the_command_runs_from_end_to_end(tiny_command, tmp_path):
 
 def test_the_command_exits_with_130_when_interrupted(tiny_command, tmp_path, monkeypatch):
     monkeypatch.setattr("rich.console.Console", Interrupting)
-    result = CliRunner().invoke(cli.cli, ["demo", "--output", str(tmp_path), "--steps", "60"])
+    result = CliRunner().invoke(commands.cli, ["demo", "--output", str(tmp_path), "--steps", "60"])
     assert result.exit_code == 130, result.output
     assert (tmp_path / run.PAGE).exists()
 
@@ -570,14 +571,16 @@ def test_the_command_exits_with_1_when_the_check_fails(tiny_command, tmp_path, m
         return 1.05 * shaped_attention(*args, **kwargs)
 
     monkeypatch.setitem(fidelity.measure.__kwdefaults__, "attention", wrong)
-    result = CliRunner().invoke(cli.cli, ["demo", "--output", str(tmp_path), "--steps", "2"])
+    result = CliRunner().invoke(commands.cli, ["demo", "--output", str(tmp_path), "--steps", "2"])
     assert result.exit_code == 1, result.output
     assert "exceed their budget" in (tmp_path / run.PAGE).read_text(encoding="utf-8")
 
 
 def test_an_output_that_is_no_folder_is_found_out_first(tiny_command, tmp_path):
     (tmp_path / "file").write_text("")
-    result = CliRunner().invoke(cli.cli, ["demo", "--output", str(tmp_path / "file" / "folder")])
+    result = CliRunner().invoke(
+        commands.cli, ["demo", "--output", str(tmp_path / "file" / "folder")]
+    )
     assert result.exit_code == 1
     assert "file" in result.stderr
 

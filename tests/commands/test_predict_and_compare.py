@@ -11,7 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from shaped_attn import cli
+from shaped_attn import commands
+from shaped_attn.commands import common
+from shaped_attn.commands import predict as predict_command
 from shaped_attn.sde import CovarianceSDE, equicorrelated, prediction
 from shaped_attn.sde.network import FiniteNetwork
 from shaped_attn.sde.prediction import Settings, make_settings, read_config
@@ -44,7 +46,7 @@ STATISTICS = ["mean_correlation", "rho_12", "rho_23", "rho_13", "V_11", "V_33"]
 
 
 def invoke(*args):
-    return CliRunner().invoke(cli.cli, [str(arg) for arg in args])
+    return CliRunner().invoke(commands.cli, [str(arg) for arg in args])
 
 
 def predict(*args):
@@ -155,7 +157,9 @@ def test_the_steps_follow_from_depth_and_width(settings, steps):
 def test_the_help_shows_the_defaults():
     names = {f.name for f in fields(Settings)}
     shown = {}
-    for group in (cli._MODEL_OPTIONS, cli._TUNING_OPTIONS, cli._NETWORK_OPTIONS):
+    for group in tuple(
+        getattr(predict_command, f"_{kind}_OPTIONS") for kind in ("MODEL", "TUNING", "NETWORK")
+    ):
         for flag, _, default, _ in group:
             shown[flag.split("/")[0].removeprefix("--").replace("-", "_")] = (flag, default)
     assert set(shown) == names
@@ -729,9 +733,9 @@ def test_a_second_interrupt_ends_the_command(monkeypatch):
 
     monkeypatch.setattr(CovarianceSDE, "sample", sample)
     monkeypatch.setattr(sys, "argv", ["shaped-attn", "predict", *SMALL])
-    monkeypatch.setattr(cli, "_is_program", False)
+    monkeypatch.setattr(common, "is_program", False)
     with pytest.raises(SystemExit) as error:
-        cli.main()
+        commands.main()
     assert error.value.code == 130
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from shaped_attn import cli
-from shaped_attn.train import command, metrics, trainer
+from shaped_attn import commands
+from shaped_attn.commands import train as command
+from shaped_attn.train import metrics, trainer
 from shaped_attn.train import study as study_module
 from shaped_attn.train.settings import TrainSettings
 
@@ -51,7 +52,7 @@ def study_flags():
 
 
 def invoke(*args):
-    return CliRunner().invoke(cli.cli, [str(arg) for arg in args])
+    return CliRunner().invoke(commands.cli, [str(arg) for arg in args])
 
 
 def words(text):
@@ -112,7 +113,7 @@ def test_flags_win_over_the_file_and_reach_the_run(tmp_path):
         ({"steps": "many"}, "steps must be an int, got 'many'. Pass a whole number."),
         ({"depth": True}, "depth must be an int, got True"),
         ({"learning_rate": "1e-3"}, "learning_rate must be a number, got '1e-3'"),
-        ({"skip": 1}, "skip must be True or False, got 1 of type int"),
+        ({"skip": 1}, "skip must be True or False, got 1"),
         ({"data": 3}, "data must be text, got 3"),
         ({"seed": 1.5}, "seed must be an int, got 1.5"),
         ({"method": ["shaped"]}, "method must be one of 'shaped'"),
@@ -345,9 +346,9 @@ import sys
 for name in ("accelerate", "tensorboard", "datasets"):
     sys.modules[name] = None
 sys.argv = ["shaped-attn", "train", "--help"]
-from shaped_attn import cli
+from shaped_attn import commands
 before = set(sys.modules)
-cli.main()
+commands.main()
 """
     process = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300

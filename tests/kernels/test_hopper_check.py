@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from shaped_attn import cli, fidelity, shaped_attention
+from shaped_attn import commands, fidelity, shaped_attention
 from shaped_attn.kernels.hopper import tiles
 
 CALLS = fidelity.hopper_calls(40)
@@ -104,7 +104,7 @@ def test_the_command(hopper, monkeypatch):
     monkeypatch.setattr(fidelity, "QUICK_CALL_LOGIT_STDS", (1.0,))
     with hopper():
         result = CliRunner().invoke(
-            cli.cli, ["check", "--family", "hopper", "--quick", "--length=40"]
+            commands.cli, ["check", "--family", "hopper", "--quick", "--length=40"]
         )
     assert result.exit_code == 0, result.output
     printed = " ".join(result.stdout.split())

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .common import INTERRUPTED, usage_errors
+
 if TYPE_CHECKING:
-    from .settings import TrainSettings
-    from .study import Study
-    from .trainer import Progress, TrainResult
+    from ..train.settings import TrainSettings
+    from ..train.study import Study
+    from ..train.trainer import Progress, TrainResult
 
 # Flags, type, default to show, help. All defaults are those of settings.TrainSettings, which also
 # checks the values, wherever they come from; here an option that is not given is None.
@@ -145,8 +147,6 @@ def train(
     Needs the packages of the extra: pip install "shaped-attn[train]". Several GPUs: accelerate
     launch -m shaped_attn train.
     """
-    from ..cli import INTERRUPTED
-
     given = {
         "--depths": depths,
         "--methods": methods,
@@ -180,9 +180,8 @@ def train(
 
 
 def _make_settings(config: Path | None, flags: dict[str, Any]) -> TrainSettings:
-    from ..cli import usage_errors
     from ..config_file import naming
-    from .settings import TrainSettings, read_config
+    from ..train.settings import TrainSettings, read_config
 
     given = {name: value for name, value in flags.items() if value is not None}
     with usage_errors():
@@ -192,7 +191,7 @@ def _make_settings(config: Path | None, flags: dict[str, Any]) -> TrainSettings:
 
 
 def _run(settings: TrainSettings, output: Path, device: str, work: dict[str, Any]) -> TrainResult:
-    from .trainer import train
+    from ..train.trainer import train
 
     show, say = work.pop("show"), work.pop("say")
 
@@ -217,8 +216,8 @@ def _run_study(
     options: dict[str, Any],
 ) -> Study:
     from ..plots import save
-    from .study import PLOT, run_study
-    from .study_report import plot
+    from ..plots.study import plot_study
+    from ..train.study import PLOT, run_study
 
     show, say = work.pop("show"), work.pop("say")
 
@@ -237,7 +236,7 @@ def _run_study(
         **chosen,
     )
     if study.runs and _is_main_process():
-        save(plot(study), output / PLOT)
+        save(plot_study(study), output / PLOT)
     return study
 
 
@@ -361,8 +360,8 @@ def _print_result(result: TrainResult, output: Path) -> None:
 def _print_study(study: Study, output: Path) -> None:
     from rich.console import Console
 
-    from .study import PLOT, RESULTS
-    from .study_report import table
+    from ..train.study import PLOT, RESULTS
+    from ..train.study_report import table
 
     if study.runs:
         click.echo(

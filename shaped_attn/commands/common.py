@@ -1,0 +1,193 @@
+"""What commands share: options, errors, the device, kernels, and long work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..destination import check_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..sde.prediction import NetworkComparison, Prediction
+    from ..sde.sample import CovarianceSample
+
+INTERRUPTED = 130
+"""Exit code of work that Ctrl-C ended."""
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+READABLE = click.Path(dir_okay=False, exists=True, path_type=Path)
+
+# Whether this process is the command, and not a program that calls it.
+is_program = False
+
+
+device_option = click.option(
+    "--device",
+    default=None,
+    help="torch device, such as cpu or cuda:0.  [default: cuda if present]",
+)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Show what is wrong with settings as wrong usage."""
+    try:
+        yield
+    except (TypeError, ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """Return the device of this name; without one a GPU if there is one."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise click.BadParameter(
+            f"{name!r} is not a device of this machine ({reason})", param_hint="--device"
+        ) from error
+    return device
+
+
+def default_impls(device: torch.device) -> tuple[str, ...]:
+    """Return the implementations to check on a device."""
+    if device.type == "cuda":
+        return ("triton",)
+    from importlib.util import find_spec
+
+    # Where Triton is not to be had, such as macOS, the torch implementation is all there is.
+    return ("torch", "triton") if device.type == "cpu" and find_spec("triton") else ("torch",)
+
+
+def prepare_kernels(impls: tuple[str, ...], device: torch.device) -> None:
+    """See to it that the Triton kernels run if they are asked for, or say why they do not."""
+    if "triton" not in impls:
+        return
+    if device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
+        os.environ["TRITON_INTERPRET"] = "1"
+        # Triton reads it as it defines functions, its own among them, and torch may import Triton.
+        if "triton" in sys.modules and is_program:
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    # NumPy complains about infinities in masked lanes, which the kernels then discard.
+    warnings.filterwarnings(
+        "ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter"
+    )
+    from ..environment import kernel_availability
+
+    kernels = kernel_availability()
+    if not kernels["available"]:
+        raise click.UsageError(f"--impl triton cannot run here: {kernels['reason']}")
+
+
+def check_files(plot: Path | None, output: Path | None) -> None:
+    """Find out now, rather than after minutes, that a result has nowhere to go."""
+    for name, path in (("--plot", plot), ("--output", output)):
+        if path is not None and not path.parent.is_dir():
+            raise click.BadParameter(f"there is no folder {path.parent}", param_hint=name)
+        if path is not None:
+            with usage_errors():
+                check_file(path, name)
+    if plot is not None:
+        from ..plots import SUFFIXES
+
+        if plot.suffix.lower() not in SUFFIXES:
+            choices = ", ".join(SUFFIXES)
+            raise click.BadParameter(
+                f"{plot.name} must end in one of {choices}", param_hint="--plot"
+            )
+
+
+@contextlib.contextmanager
+def long_work(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Show progress on stderr and take Ctrl-C for a request, for functions that know of both."""
+    import torch
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from ..interrupt import stop_on_interrupt
+
+    with (
+        stop_on_interrupt() as request,
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as progress,
+    ):
+        tasks = {}
+        threads = torch.get_num_threads()
+        if device.type == "cpu":
+            # The matrices are small: threads gain little, and cost much where the CPU is busy.
+            torch.set_num_threads(1)
+
+        def on_progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+
+        try:
+            yield {"on_progress": on_progress, "stop": lambda: request.is_set}
+        finally:
+            torch.set_num_threads(threads)
+
+
+def write_results(
+    result: Prediction | NetworkComparison,
+    samples: dict[str, CovarianceSample],
+    show: Callable,
+    plot: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Print a result and write its files, as far as there is one."""
+    from rich.console import Console
+
+    from ..sde import prediction
+
+    text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
+    if as_json:
+        click.echo(text)
+    else:
+        show(result, Console(highlight=False))
+    samples = {name: sample for name, sample in samples.items() if sample.paths}
+    try:
+        if output is not None:
+            output.write_text(text + "\n", encoding="utf-8")
+        if plot is not None and samples:
+            from .. import plots
+
+            names = prediction.shown_statistics(result.settings.tokens)
+            statistics = [name for name in names if name != prediction.MEAN_CORRELATION]
+            plots.save(plots.plot_covariance(samples, statistics), plot)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+    for name, path in (("Plot", plot if samples else None), ("Numbers", output)):
+        if path is not None:
+            click.echo(f"{name}: {path}", err=as_json)
+    if not result.is_complete:
+        click.echo("Interrupted: these results are partial.", err=True)
