@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .checks import fail
+
 
 def check_folder(folder: Path, argument: str = "output") -> None:
     """Check that a folder can be written, or made and written; nothing is left in it.
@@ -38,8 +40,11 @@ def check_file(path: Path, argument: str = "output") -> None:
 def when_whole(path: Path) -> Iterator[Path]:
     """Give the path of a file to write, which then takes the place of ``path`` in one step."""
     part = path.with_name(f".{path.name}.part")
-    yield part
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _try_folder(folder: Path) -> None:
@@ -54,6 +59,4 @@ def _naming(argument: str, kind: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         got = f"{path} ({error.strerror or error})"
-        from .validation import fail  # imports torch, which the help of the commands does without
-
         fail(type(error), argument, f"must be {kind}", got, "Name another one.")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .validation import fail
+from .checks import fail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -275,7 +275,7 @@ def plot(report: Report) -> Figure:
     Raises:
         ValueError: the report has no such entry.
     """
-    from . import plots
+    from .plots import style
 
     entries = [entry for entry in report.attention if _is_main(entry)]
     if not entries:
@@ -292,16 +292,10 @@ def plot(report: Report) -> Figure:
         for which, kind in itertools.product(PASSES, sorted(kinds))
         if any((entry["pass"], *_kind(entry)) == (which, *kind) for entry in entries)
     ]
-    figure, axes_of = plots._figure(len(panels), report.describe(), size=(4.2, 3.2))
+    figure, axes_of = style.figure(len(panels), report.describe(), size=(4.2, 3.2))
     series = [_speeds(entry) for entry in entries]
     names = dict.fromkeys(["shaped_attn", *(name for found in series for name in found)])
-    styles = {
-        name: (
-            plots._COLORS[index % len(plots._COLORS)],
-            plots._MARKERS[index % len(plots._MARKERS)],
-        )
-        for index, name in enumerate(names)
-    }
+    styles = {name: (style.color(index), style.marker(index)) for index, name in enumerate(names)}
     handles: dict[str, Any] = {}
     for axes, panel in zip(axes_of, panels, strict=True):
         shown = [entry for entry in entries if (entry["pass"], *_kind(entry)) == panel]
@@ -324,7 +318,7 @@ def plot(report: Report) -> Figure:
         axes.set_title(f"{which}, D = {head_dim}, {mask}", loc="left", fontsize=11)
         axes.set_xlabel("T")
         axes.set_ylabel("TFLOP/s")
-    plots._legend(figure, handles, None)
+    style.legend(figure, handles)
     return figure
 
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..checks import check_choice, fail
 from ..nn import METHODS
-from ..nn.checks import check_choice
-from ..validation import fail
 from . import checkpoints
 from .data import load_corpus
 from .extra import require
@@ -60,6 +59,11 @@ class StudyRun:
     depth: int
     learning_rate: float
     result: TrainResult
+
+    @property
+    def final_loss(self) -> float | None:
+        """The last validation loss; None if it diverged."""
+        return self.result.loss if self.result.status == FINISHED else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -123,7 +127,7 @@ class Study:
 
 
 def _rank(run: StudyRun) -> tuple[bool, float]:
-    return run.result.status != FINISHED, run.result.loss or 0.0
+    return run.final_loss is None, run.result.loss or 0.0
 
 
 def variants(settings: TrainSettings, methods: Sequence[str]) -> list[Variant]:

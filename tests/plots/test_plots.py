@@ -400,7 +400,7 @@ def test_bad_settings_of_a_map_are_found_before_the_first_cell():
         ({"branch_gains": [0.5, 0.3]}, ValueError, "branch_gains must ascend"),
         ({"tau0": 2.0}, TypeError, "tau0 must be given by tau0s"),
         ({"paths": 0}, ValueError, "paths must be at least 1"),
-        ({"time": 0.0}, ValueError, "time must be positive"),
+        ({"time": 0.0}, ValueError, "time must be greater than 0"),
         ({"eigenvalue_range": (1.0, 0.5)}, ValueError, "eigenvalue_range must ascend"),
     ):
         with pytest.raises(error, match=message):
@@ -552,9 +552,16 @@ def test_statistics_have_to_be_there(plot):
 
 
 @pytest.mark.parametrize("plot", [PLOTS[0], PLOTS[2]])
-@pytest.mark.parametrize("levels", [(0.5,), (0.5, 0.4, 0.9), (0.1, 0.5, 1.1)])
-def test_levels_are_three_ascending_numbers(plot, levels):
-    with pytest.raises(ValueError, match="levels must be three ascending numbers"):
+@pytest.mark.parametrize(
+    ("levels", "rule"),
+    [
+        ((0.5,), "must be 3 numbers"),
+        ((0.5, 0.4, 0.9), "must ascend"),
+        ((0.1, 0.5, 1.1), "must be from 0 to 1"),
+    ],
+)
+def test_levels_are_three_ascending_numbers(plot, levels, rule):
+    with pytest.raises(ValueError, match=f"levels {rule}"):
         plot({"a": make_sample()}, levels=levels)
 
 
@@ -565,7 +572,7 @@ def test_settings_of_rank_collapse():
         ({"width": {"a": 64}}, ValueError, "width must be one number, or have one for each sample"),
         ({"width": 0}, ValueError, "width must be at least 1"),
         ({"width": 6.5}, TypeError, "width must be an int"),
-        ({"width": 64, "theory": {"t": 0.0}}, ValueError, r"theory\['t'\] must be positive"),
+        ({"width": 64, "theory": {"t": 0.0}}, ValueError, r"theory\['t'\] must be greater than 0"),
     ):
         with pytest.raises(error, match=message):
             plots.plot_rank_collapse(samples, **settings)

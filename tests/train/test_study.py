@@ -10,10 +10,11 @@ from rich.console import Console
 
 from shaped_attn import plots
 from shaped_attn.nn import METHODS
+from shaped_attn.plots.study import plot_study
 from shaped_attn.train import study, trainer
 from shaped_attn.train.settings import TrainSettings
 from shaped_attn.train.study import Study, StudyRun, Variant, run_study, variants
-from shaped_attn.train.study_report import plot, table
+from shaped_attn.train.study_report import table
 from shaped_attn.train.trainer import TrainResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,7 +140,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
     assert text.count("diverged") == 2
     rows = json.loads((tmp_path / "study.json").read_text())["runs"]
     assert all("is nan" in row["reason"] or "is inf" in row["reason"] for row in rows)
-    assert plot(worst).axes
+    assert plot_study(worst).axes
 
 
 # ---------------------------------------------------------------------------------------- variants
@@ -184,7 +185,7 @@ def test_bad_settings_are_found_before_the_first_run(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "train", None)
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         run(tmp_path, depths=(2, 0))
-    with pytest.raises(ValueError, match="learning_rate must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="learning_rate must be greater than 0, got -1"):
         run(tmp_path, learning_rates=(1e-3, -1.0))
 
 
@@ -225,7 +226,7 @@ def test_the_table_shows_the_best_losses(invented):
 
 
 def test_the_plot_shows_the_best_losses_over_depth(invented, tmp_path):
-    figure = plot(invented)
+    figure = plot_study(invented)
     neither, skip = figure.axes
     assert [axes.get_title(loc="left") for axes in (neither, skip)] == ["neither", "skip"]
     curve, cross, level = (list(zip(*line.get_data(), strict=True)) for line in neither.lines)
