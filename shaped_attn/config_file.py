@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .validation import fail
+from .checks import fail
 
 
 def read(path: Path, known: Sequence[str], remedies: Mapping[str, str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Gain
-from .validation import fail
+from .checks import check_size, fail
 from .visibility import Visibility
 
 CACHED_TOKENS = 1024
@@ -134,7 +134,7 @@ class ESPA:
         with alpha = sqrt(1 - exp(-2 decay)): the rate after layer l is
         -log(1 - alpha^(2 l / layers)) / 2 (papers.md, section 3).
         """
-        check_layers(layers)
+        check_size("layers", layers)
         if not decay > 0:
             fail(ValueError, "decay", "must be above 0", decay, "The default is 0.005.")
         log_alpha = math.log(-math.expm1(-2 * decay)) / 2
@@ -255,7 +255,7 @@ class USPA:
 
         The correlation after layer l is 1 - (1 - rho)^(l / layers) (papers.md, section 3).
         """
-        check_layers(layers)
+        check_size("layers", layers)
         if not 0 < rho < 1:
             fail(ValueError, "rho", "must be between 0 and 1", rho, "The default is 0.8.")
         values = [-math.expm1(layer / layers * math.log1p(-rho)) for layer in range(layers)]
@@ -457,12 +457,6 @@ def prior_matrix(prior: ESPA | USPA, tokens: int, *, is_causal: bool = True) -> 
     table = prior.table(tokens) if is_causal else prior.root_table(tokens)
     matrix = table.log_rows(0, tokens, tokens, q_offset=0, key_start=None)[0].exp()
     return matrix.tril() if is_causal else matrix
-
-
-def check_layers(layers: object) -> None:
-    """Check the number of layers of a schedule."""
-    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-        fail(ValueError, "layers", "must be an int of at least 1", layers, "Give the depth.")
 
 
 def _parameter(value: Gain, device: torch.device | None) -> Tensor:

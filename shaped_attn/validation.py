@@ -8,24 +8,18 @@ TypeError is for a wrong Python type or dtype, ValueError for everything else.
 from __future__ import annotations
 
 import math
-import reprlib
 from numbers import Real
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from .arguments import Gain, Gains
+from .checks import check_choice, check_flag, describe, fail
 from .kernels.configs import MAX_HEAD_DIM
 from .visibility import Visibility
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def fail(error: type[Exception], argument: str, rule: str, got: object, remedy: str) -> NoReturn:
-    """Raise ``error`` in the one wording that all checks share."""
-    raise error(f"{argument} {rule}, got {got}. {remedy}")
 
 
 def check_types(
@@ -47,7 +41,7 @@ def check_types(
             TypeError,
             "q_offset",
             "must be an int or None",
-            _describe(q_offset),
+            describe(q_offset),
             "Pass the key position of the first query as a Python int; None means S - T.",
         )
     for name in ("key_start", "key_end"):
@@ -57,7 +51,7 @@ def check_types(
                 TypeError,
                 name,
                 "must be a Tensor of shape (B,) or None",
-                _describe(bound),
+                describe(bound),
                 "Pass torch.tensor([...], device=q.device) with one key index per batch entry.",
             )
     attn_mask = visibility.attn_mask
@@ -261,7 +255,7 @@ def _as_float(name: str, gain: object) -> float:
             TypeError,
             name,
             "must be a number or a Tensor of shape () or (H,)",
-            _describe(gain),
+            describe(gain),
             "Pass a float, or a Tensor to learn it.",
         )
     return float(gain)
@@ -274,15 +268,9 @@ def check_residual_gain(skip_gain: Gain, residual: Tensor | None) -> None:
             ValueError,
             "skip_gain",
             "acts on residual, which is None, so it must keep its default 1.0",
-            _describe(skip_gain),
+            describe(skip_gain),
             "Pass residual, or leave skip_gain out.",
         )
-
-
-def check_flag(name: str, value: bool) -> None:
-    """Check a True/False argument."""
-    if not isinstance(value, bool):
-        fail(TypeError, name, "must be True or False", _describe(value), "Pass a bool.")
 
 
 def check_identity(identity_gain: Gain, q: Tensor, k: Tensor, q_offset: int) -> None:
@@ -298,7 +286,7 @@ def check_identity(identity_gain: Gain, q: Tensor, k: Tensor, q_offset: int) -> 
             "identity_gain",
             "other than 0.0 needs a key at the position of every query, "
             f"0 <= q_offset + i < S = {keys} for i < T = {queries}",
-            f"{_describe(identity_gain)} with queries at {q_offset} to {q_offset + queries - 1}",
+            f"{describe(identity_gain)} with queries at {q_offset} to {q_offset + queries - 1}",
             "Set identity_gain=0.0, or choose q_offset between 0 and S - T.",
         )
 
@@ -362,22 +350,7 @@ def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> None:
 
 def resolve_impl(impl: str, q: Tensor) -> str:
     """Return the implementation to run, "triton", "torch" or "reference", if the device has it."""
-    if not isinstance(impl, str):
-        fail(
-            TypeError,
-            "impl",
-            f"must be one of {', '.join(map(repr, IMPLEMENTATIONS))}",
-            _describe(impl),
-            "Leave it out to choose by device.",
-        )
-    if impl not in IMPLEMENTATIONS:
-        fail(
-            ValueError,
-            "impl",
-            f"must be one of {', '.join(map(repr, IMPLEMENTATIONS))}",
-            repr(impl),
-            "Leave it out to choose by device.",
-        )
+    check_choice("impl", impl, IMPLEMENTATIONS)
     device = q.device.type
     if impl == "auto":
         impl = "triton" if device == "cuda" else "torch"
@@ -451,11 +424,3 @@ def _shape(x: Tensor) -> str:
 def _sizes(sizes: object) -> str:
     sizes = [str(size) for size in sizes]
     return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a Tensor of shape {_shape(value)}"
-    if type(value) is float:
-        return str(value)
-    return f"{reprlib.repr(value)} of type {type(value).__name__}"

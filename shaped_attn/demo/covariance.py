@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..checks import fail
 from ..sde import (
     Comparison,
     CovarianceSample,
@@ -20,7 +21,6 @@ from ..sde import (
 from ..sde.comparison import plain as plain_data
 from ..sde.paths import EIGENVALUE_RANGE
 from ..sde.sample import LEVELS, quantile
-from ..validation import fail
 
 CORRELATION, VARIANCE = "rho_12", "V_11"
 LEVEL = 0.01  # probability of finding a difference between samples of one law

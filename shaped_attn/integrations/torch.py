@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from ..arguments import Gain
+from ..checks import check_choice, check_number, fail
 from ..functional import shaped_attention
-from ..nn.checks import check_choice, check_number
-from ..validation import IMPLEMENTATIONS, fail
+from ..validation import IMPLEMENTATIONS
 
 _SCALES = ("width", "standard")
 _REPLACED = (F.scaled_dot_product_attention, F.multi_head_attention_forward)

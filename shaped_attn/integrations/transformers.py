@@ -32,11 +32,10 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from ..arguments import Gains, is_zero
+from ..checks import check_choice, check_flag, check_number, fail
 from ..functional import is_autocast, shaped_attention
-from ..nn.checks import check_choice, check_number
 from ..nn.gains import GAIN_NAMES, ShapingGains, check_head_gain
 from ..ops import attention_from_gains
-from ..validation import check_flag, fail
 from ..visibility import Visibility
 
 __all__ = [

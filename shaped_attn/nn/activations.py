@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..validation import fail
-from .checks import check_number, check_positive, check_size
+from ..checks import check_number, check_positive, check_size, fail
 
 Activation = Callable[[Tensor], Tensor]
 """A function of numbers, applied to each entry of a Tensor."""

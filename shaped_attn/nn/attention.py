@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import Gain
-from ..functional import shaped_attention
-from ..priors import ESPA, USPA
-from ..validation import IMPLEMENTATIONS, check_flag, fail
-from .checks import (
+from ..checks import (
     check_choice,
     check_divides,
+    check_flag,
     check_number,
     check_positive,
     check_shape,
     check_size,
+    fail,
 )
+from ..functional import shaped_attention
+from ..priors import ESPA, USPA
+from ..validation import IMPLEMENTATIONS
 from .gains import ShapingGains
 from .generation import LayerCache
 from .initialization import WEIGHT_LAWS, Initialized, Law, constant

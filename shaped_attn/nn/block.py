@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice, check_flag, check_number, check_shape, check_size, fail
 from ..functional import is_autocast
-from ..validation import check_flag, fail
 from .attention import ShapedAttention
-from .checks import check_choice, check_number, check_shape, check_size
 from .generation import LayerCache
 from .initialization import Initialized, Law, constant
 from .mlp import MLP, ShapedMLP

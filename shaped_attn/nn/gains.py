@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import Gain
-from ..validation import fail
-from .checks import check_choice, check_number, check_size
+from ..checks import check_choice, check_number, check_size, fail
 from .initialization import Initialized, Law, constant
 
 GAIN_NAMES = ("identity_gain", "softmax_gain", "center_gain")

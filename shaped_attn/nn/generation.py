@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor
 
-from ..validation import fail
-from .checks import check_number, check_positive, check_size
+from ..checks import check_number, check_positive, check_size, fail
 
 if TYPE_CHECKING:
     from .transformer import ShapedTransformer

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..checks import check_choice, check_flag, fail
 from ..priors import ESPA, USPA
-from ..validation import check_flag, fail
 from .activations import TailoredLeakyReLU, correlation_map, tat_slope
 from .attention import ShapedAttention
 from .block import NORMS, TransformerBlock, make_norm
-from .checks import check_choice
 from .gains import GAIN_NAMES
 from .mlp import MLP
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .checks import check_number
+from ..checks import check_number
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import fail
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, each (T, head_dim / 2) or broadcastable to (B, heads, T, head_dim / 2)."""

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import Gain
+from ..checks import fail
 from ..functional import is_autocast
-from ..validation import check_residual_gain, fail
+from ..validation import check_residual_gain
 from .initialization import Initialized, Law, gaussian
 
 

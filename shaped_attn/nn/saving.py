@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..checks import fail
 from ..destination import check_folder, when_whole
-from ..validation import fail
 
 if TYPE_CHECKING:
     from .transformer import ShapedTransformer, ShapedTransformerConfig

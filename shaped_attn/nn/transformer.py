@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..validation import check_flag, fail
+from ..checks import check_choice, check_flag, check_positive, check_shape, check_size, fail
 from . import saving
 from .block import NORMS, ShapedBlock, TransformerBlock, make_norm, normalize
-from .checks import check_choice, check_positive, check_shape, check_size
 from .gains import GAIN_NAMES, check_head_gain
 from .generation import KeyValueCache, generate
 from .initialization import Initialized

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import check_number, fail
 from .sample import LEVELS, CovarianceSample, Estimate, quantile, quantile_error
-from .settings import check_number
 
 if TYPE_CHECKING:
     import numpy as np

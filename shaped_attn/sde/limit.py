@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import fail
 from .chain import ShapedMatrix, normal, root_of, wishart_factor
 from .moments import mlp_drift
 

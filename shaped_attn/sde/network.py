@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_positive, check_size, fail
 from ..nn import Projection, ShapedBlock
-from ..validation import fail
 from .chain import WidthChain, normal, root_of
 from .paths import EIGENVALUE_RANGE, OnProgress, Stop, run
 from .process import check_generator, check_start
 from .sample import CovarianceSample
-from .settings import BlockSettings, check_count, check_positive
+from .settings import BlockSettings
 
 METHODS = ("network", "chain")
 SCALES = ("width", "standard")
@@ -51,8 +51,8 @@ class FiniteNetwork(BlockSettings):
     def __post_init__(self) -> None:
         """Check the settings and fill in the size of a head."""
         super().__post_init__()
-        check_count("width", self.width)
-        check_count("depth", self.depth)
+        check_size("width", self.width)
+        check_size("depth", self.depth)
         if self.width % self.heads:
             fail(
                 ValueError,
@@ -63,7 +63,7 @@ class FiniteNetwork(BlockSettings):
             )
         if self.head_dim is None:
             self._set("head_dim", self.width // self.heads)
-        check_count("head_dim", self.head_dim)
+        check_size("head_dim", self.head_dim)
         if self.skip_gain**2 + self.detuning.variance / self.width < 0:
             fail(
                 ValueError,
@@ -182,7 +182,7 @@ class FiniteNetwork(BlockSettings):
                 chain below 2m for every head that writes to a slice of its own.
         """
         check_start(v0, eigenvalue_range)
-        check_count("networks", networks)
+        check_size("networks", networks)
         check_generator(generator, v0)
         if method not in METHODS:
             fail(

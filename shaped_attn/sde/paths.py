@@ -8,9 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import check_int, check_number, check_size, fail
 from .sample import CovarianceSample
-from .settings import check_count, check_number
 
 EIGENVALUE_RANGE = (1e-4, 1e4)
 
@@ -59,8 +58,8 @@ def run(
         on_progress: called with the steps of paths done and to be done.
         stop: asked before each step; if it returns True the unfinished chunk is dropped.
     """
-    check_count("chunk", chunk)
-    check_count("snapshots", snapshots, least=2)
+    check_size("chunk", chunk)
+    check_int("snapshots", snapshots, low=2)
     low, high = check_range(eigenvalue_range)
     recorded = sorted({round(i * steps / (snapshots - 1)) for i in range(snapshots)})
     # In this order the last one is exactly ``time``.

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .. import config_file
 from .._version import __version__
-from ..nn.checks import check_divides, check_number, check_size
-from ..validation import fail
+from ..checks import check_divides, check_number, check_size, fail
 from . import tuning as sde_tuning
 from .comparison import Comparison, compare, critical_value, plain
 from .paths import EIGENVALUE_RANGE

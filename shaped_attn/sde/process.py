@@ -9,18 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import check_number, check_positive, check_size, fail
 from . import moments
 from .limit import EulerMaruyama, LimitChain
 from .paths import EIGENVALUE_RANGE, OnProgress, Stop, check_range, locate, run
 from .sample import CovarianceSample
-from .settings import (
-    BlockSettings,
-    check_count,
-    check_number,
-    check_positive,
-    variance_correction,
-)
+from .settings import BlockSettings, variance_correction
 
 INTEGRATORS = {"chain": LimitChain, "euler_maruyama": EulerMaruyama}
 
@@ -76,7 +70,7 @@ class CovarianceSDE(BlockSettings):
         """Check the settings, and that they have a limit."""
         super().__post_init__()
         if self.width is not None:
-            check_count("width", self.width)
+            check_size("width", self.width)
         like = torch.zeros((), dtype=torch.float64)
         gains = [self.head_gains(name, like) for name in ("center_gain", "softmax_gain")]
         if not torch.equal(*gains):
@@ -243,7 +237,7 @@ class CovarianceSDE(BlockSettings):
         """
         check_start(v0, eigenvalue_range)
         check_positive("time", time)
-        check_count("paths", paths)
+        check_size("paths", paths)
         check_positive("steps", steps)
         check_generator(generator, v0)
         if integrator not in INTEGRATORS:
@@ -311,7 +305,7 @@ def equicorrelated(
     Raises:
         ValueError: no such covariance exists.
     """
-    check_count("tokens", tokens)
+    check_size("tokens", tokens)
     check_positive("variance", variance)
     check_number("correlation", correlation)
     least = -1 / (tokens - 1) if tokens > 1 else -1.0

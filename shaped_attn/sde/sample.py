@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import fail
 
 LEVELS = (0.05, 0.5, 0.95)
 

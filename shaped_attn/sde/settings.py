@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import check_flag, check_number, check_positive, check_size, fail
 
 OUT_PROJ = ("none", "orthogonal", "gaussian")
 
@@ -113,10 +112,9 @@ class BlockSettings:
         check_positive("mlp_ratio", self.mlp_ratio)
         for name in ("branch_gain", "identity_gain", "c_plus", "c_minus"):
             check_number(name, getattr(self, name))
-        check_count("heads", self.heads)
+        check_size("heads", self.heads)
         for name in ("is_causal", "attention", "mlp"):
-            if not isinstance(getattr(self, name), bool):
-                fail(TypeError, name, "must be a bool", getattr(self, name), "Pass True or False.")
+            check_flag(name, getattr(self, name))
         if not (self.attention or self.mlp):
             fail(
                 ValueError,
@@ -291,26 +289,3 @@ def variance_correction(c_plus: float, c_minus: float, width: float) -> float:
             "Such an activation is zero.",
         )
     return 2 / (s_plus**2 + s_minus**2)
-
-
-def check_number(name: str, value: object) -> None:
-    """Check that ``value`` is a finite real number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        fail(TypeError, name, "must be a number", type(value).__name__, "Pass a float.")
-    if not math.isfinite(value):
-        fail(ValueError, name, "must be finite", value, "Give another value.")
-
-
-def check_positive(name: str, value: object) -> None:
-    """Check that ``value`` is a positive, finite real number."""
-    check_number(name, value)
-    if value <= 0:
-        fail(ValueError, name, "must be positive", value, "Give a value above 0.")
-
-
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Check that ``value`` is an int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        fail(TypeError, name, "must be an int", type(value).__name__, "Pass a whole number.")
-    if value < least:
-        fail(ValueError, name, f"must be at least {least}", value, "Give a larger one.")

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import check_number, check_positive, check_size, fail
 from .comparison import plain
 from .paths import EIGENVALUE_RANGE, OnProgress, Stop
 from .process import CovarianceSDE, check_start
 from .sample import quantile, quantile_error
-from .settings import check_count, check_number, check_positive
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def stopping_time_map(
     """
     check_start(v0, eigenvalue_range)
     check_positive("time", time)
-    check_count("paths", paths)
+    check_size("paths", paths)
     check_positive("steps", steps)
     for name in ("branch_gain", "tau0"):
         if name in settings:

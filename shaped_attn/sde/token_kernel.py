@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_flag, check_number, check_size, fail
 from ..nn.activations import Activation, activation_kernel, correlations
-from ..nn.checks import check_number, check_size
 from ..nn.positions import rotary_table
 from ..priors import ESPA, USPA, prior_matrix
-from ..validation import check_flag, fail
 from .process import check_covariance
 
 POSITIONS = (None, "learned", "sinusoidal")

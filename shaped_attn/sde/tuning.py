@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import check_number, check_positive, check_size, fail
 from .sample import CovarianceSample, Estimate, quantile, quantile_error
-from .settings import check_count, check_number, check_positive
 
 if TYPE_CHECKING:
     from .process import CovarianceSDE
@@ -189,8 +188,8 @@ def tune(
     """
     band = check_band(band, tokens=v0.shape[-1])
     check_positive("time", time)
-    check_count("paths", paths)
-    check_count("steps", steps)
+    check_size("paths", paths)
+    check_size("steps", steps)
     largest_gain = 1.0
     if sde.attention and sde.identity_gain:
         largest_gain = min(1.0, 1 / abs(sde.identity_gain))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import fail
 
 BYTE_VALUES = 256
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..validation import fail
+from ..checks import fail
 from .corpus import Corpus, as_bytes
 from .extra import require
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..checks import fail
 from ..destination import when_whole
 from ..nn import saving
-from ..validation import fail
 from .settings import TrainSettings
 
 

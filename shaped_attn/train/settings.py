@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import config_file
+from ..checks import (
+    check_choice,
+    check_divides,
+    check_flag,
+    check_int,
+    check_number,
+    check_positive,
+    check_size,
+    fail,
+)
 from ..nn import ShapedTransformerConfig
-from ..nn.checks import check_choice, check_number, check_positive, check_size
-from ..validation import check_flag, fail
 from .corpus import BYTE_VALUES
 from .schedule import SCHEDULES
 
@@ -113,18 +121,13 @@ class TrainSettings:
             check_size(name, getattr(self, name))
         if self.warmup_steps is None:
             object.__setattr__(self, "warmup_steps", round(_WARMUP_SHARE * self.steps))
-        for name in ("warmup_steps", "seed"):
-            _check_least_0(name, getattr(self, name))
-        if self.seed >= 2**63:
-            fail(ValueError, "seed", "must be below 2^63", self.seed, "Give a smaller one.")
+        check_int("seed", self.seed, low=0, high=2**63 - 1)
+        check_int("warmup_steps", self.warmup_steps, low=0)
         if self.warmup_steps > self.steps:
             rule = f"must be at most steps, {self.steps}"
             fail(ValueError, "warmup_steps", rule, self.warmup_steps, "Warm up for fewer steps.")
-        if self.context < 2:
-            fail(ValueError, "context", "must be at least 2", self.context, "Give a longer one.")
-        if self.batch_size % self.accumulation:
-            rule = f"must divide batch_size, {self.batch_size}"
-            fail(ValueError, "accumulation", rule, self.accumulation, "Choose a divisor of it.")
+        check_int("context", self.context, low=2)
+        check_divides("accumulation", self.accumulation, "batch_size", self.batch_size)
         for name in ("learning_rate", "mlp_ratio"):
             check_positive(name, getattr(self, name))
         check_number("final_share", self.final_share, low=0.0, high=1.0)
@@ -177,10 +180,3 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: it is not of that format, or has a name that is no setting.
     """
     return config_file.read(path, [f.name for f in fields(TrainSettings)], _REMEDIES)
-
-
-def _check_least_0(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        fail(TypeError, name, "must be an int", repr(value), "Pass a whole number.")
-    if value < 0:
-        fail(ValueError, name, "must be at least 0", value, "Pass 0 or a positive number.")

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import fail
 from ..destination import check_folder
 from ..nn import ShapedTransformer, parameter_groups, saving
-from ..validation import fail
 from . import checkpoints, metrics
 from .corpus import Corpus, fixed_windows, sample_batch, step_generator, unigram_entropy
 from .data import load_corpus

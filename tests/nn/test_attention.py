@@ -644,7 +644,7 @@ def test_triton_equals_the_reference(out_proj, device):
         (ValueError, {"scale": math.nan}, "scale must be finite, got nan"),
         (ValueError, {"scale": 0.1, "tau0": 2.0}, "tau0 must keep its default 1.0 unless scale"),
         (ValueError, {"tau0": 0.0}, "tau0 must be greater than 0"),
-        (ValueError, {"tau0": -1.0}, "tau0 must be at least 0, got -1.0"),
+        (ValueError, {"tau0": -1.0}, "tau0 must be greater than 0, got -1.0"),
         (TypeError, {"identity_gain": "1"}, "identity_gain must be a number, got '1'"),
         (ValueError, {"softmax_gain": math.inf}, "softmax_gain must be finite, got inf"),
         (ValueError, {"center_gain": (1.0,)}, "center_gain must be a number or 2 numbers"),

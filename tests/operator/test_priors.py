@@ -419,7 +419,7 @@ def test_a_dense_prior_is_learned_by_torch_alone(device):
         (lambda: USPA(0.5, 0.4), ValueError, "rho_out must be at least rho_in = 0.5"),
         (lambda: USPA(0.0, 1.0), ValueError, "rho_out must be at least 0 and below 1"),
         (lambda: USPA(torch.zeros(2, requires_grad=True)), ValueError, "rho_in cannot be learned"),
-        (lambda: ESPA.schedule(0), ValueError, "layers must be an int of at least 1"),
+        (lambda: ESPA.schedule(0), ValueError, "layers must be at least 1"),
         (lambda: ESPA.schedule(2, -1.0), ValueError, "decay must be above 0"),
         (lambda: USPA.schedule(2, 1.0), ValueError, "rho must be between 0 and 1"),
     ],

@@ -167,12 +167,12 @@ ERRORS = {
     "gain_bool": (
         {"identity_gain": True},
         TypeError,
-        "identity_gain ... a number or a Tensor ... got True of type bool ... Pass a float",
+        "identity_gain ... a number or a Tensor ... got True ... Pass a float",
     ),
     "gain_str": (
         {"softmax_gain": "1"},
         TypeError,
-        "softmax_gain ... a number or a Tensor ... got '1' of type str ... Pass a float",
+        "softmax_gain ... a number or a Tensor ... got '1' ... Pass a float",
     ),
     "gain_none": (
         {"center_gain": None},
@@ -202,7 +202,7 @@ ERRORS = {
     "scale_str": (
         {"scale": "auto"},
         TypeError,
-        "scale ... a number or a Tensor ... got 'auto' of type str ... Pass a float",
+        "scale ... a number or a Tensor ... got 'auto' ... Pass a float",
     ),
     "gain_int_tensor": (
         {"softmax_gain": torch.ones((), dtype=torch.int64)},
@@ -243,7 +243,7 @@ ERRORS = {
     "is_causal_int": (
         {"is_causal": 1},
         TypeError,
-        "is_causal ... must be True or False ... got 1 of type int ... bool",
+        "is_causal ... must be True or False ... got 1 ... bool",
     ),
     "return_lse_none": (
         {"return_lse": None},
@@ -253,12 +253,12 @@ ERRORS = {
     "deterministic_int": (
         {"deterministic": 0},
         TypeError,
-        "deterministic ... must be True or False ... got 0 of type int ... bool",
+        "deterministic ... must be True or False ... got 0 ... bool",
     ),
     "q_offset_bool": (
         {"q_offset": False},
         TypeError,
-        "q_offset ... must be an int or None ... got False of type bool ... S - T",
+        "q_offset ... must be an int or None ... got False ... S - T",
     ),
     "q_offset_float": (
         {"q_offset": 1.0},
@@ -296,7 +296,7 @@ ERRORS = {
     "key_start_int": (
         {"key_start": 3},
         TypeError,
-        "key_start ... Tensor of shape (B,) or None ... got 3 of type int ... torch.tensor(",
+        "key_start ... Tensor of shape (B,) or None ... got 3 ... torch.tensor(",
     ),
     "key_end_float": (
         {"key_end": torch.ones(2)},
@@ -384,14 +384,13 @@ ERRORS = {
     ),
     "impl_type": (
         {"impl": None},
-        TypeError,
-        "impl ... one of 'auto', 'triton', 'torch', 'reference' ... got None of type NoneType ... "
-        "Leave it out",
+        ValueError,
+        "impl ... one of 'auto', 'triton', 'torch', 'reference' ... got None ... Choose",
     ),
     "impl_name": (
         {"impl": "flash"},
         ValueError,
-        "impl ... one of 'auto', 'triton', 'torch', 'reference' ... got 'flash' ... Leave it out",
+        "impl ... one of 'auto', 'triton', 'torch', 'reference' ... got 'flash' ... Choose",
     ),
     "triton_float64": (
         {"q": torch.float64, "k": torch.float64, "v": torch.float64, "residual": None}

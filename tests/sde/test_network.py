@@ -482,7 +482,7 @@ def test_all_networks_may_be_frozen():
         ({"depth": 2.0}, "depth must be an int"),
         ({"heads": 3}, "width must be a multiple of the 3 heads"),
         ({"scale": "wide"}, "scale must be one of"),
-        ({"scale": -1.0}, "scale must be positive"),
+        ({"scale": -1.0}, "scale must be greater than 0"),
         ({"head_dim": 0}, "head_dim must be at least 1"),
         ({"detuning": Detuning(variance=-7.0)}, "detuning.variance must be at least .* = -6"),
     ],

@@ -240,7 +240,7 @@ def test_the_result_is_plain_data():
         ({"branch_gains": (0.501, 0.502)}, ValueError, "at least two values"),
         ({"tau0s": (2.0, 1.0)}, ValueError, "tau0s must ascend and be positive"),
         ({"paths": 0}, ValueError, "paths must be at least 1"),
-        ({"time": -1.0}, ValueError, "time must be positive"),
+        ({"time": -1.0}, ValueError, "time must be greater than 0"),
     ],
 )
 def test_wrong_arguments_are_named(options, error, message):

@@ -84,7 +84,7 @@ def test_no_setting_takes_a_value_of_another_type(name):
         ({"batch_size": 8, "accumulation": 3}, ValueError, "accumulation must divide batch_size"),
         ({"steps": 5, "warmup_steps": 6}, ValueError, "warmup_steps must be at most steps, 5"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be at least 0"),
-        ({"seed": 2**63}, ValueError, "seed must be below"),
+        ({"seed": 2**63}, ValueError, "seed must be from 0 to"),
         ({"learning_rate": 0}, ValueError, "learning_rate must be greater than 0"),
         ({"learning_rate": math.nan}, ValueError, "learning_rate must be finite"),
         ({"final_share": 1.5}, ValueError, "final_share must be from 0 to 1"),
