@@ -1,34 +1,12 @@
 """Every test here starts a fresh Python: what an import does shows only the first time."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh_python import python
 
 REPO = Path(__file__).resolve().parents[1]
-
-
-def python(*args, cwd, path=(), safe_path=False) -> str:
-    """Standard output of `python *args`; `path` becomes PYTHONPATH."""
-    env = {key: os.environ[key] for key in os.environ if not key.startswith("PYTHON")}
-    env["PYTHONDONTWRITEBYTECODE"] = "1"
-    if path:
-        env["PYTHONPATH"] = os.pathsep.join(map(str, path))
-    if safe_path:
-        env["PYTHONSAFEPATH"] = "1"
-    run = subprocess.run(
-        [sys.executable, *map(str, args)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout.strip()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from ..sde.stopping_map import StoppingTimeMap
 from . import style
 from .samples import DEPTH, array
 
-_MISSING = {"facecolor": style.MISSING, "edgecolor": "#aab3bc", "hatch": "////", "linewidth": 0}
+_MISSING = {"facecolor": style.MISSING, "edgecolor": style.EDGE, "hatch": "////", "linewidth": 0}
 
 
 def plot_stopping_times(

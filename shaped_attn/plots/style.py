@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import os
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,16 @@ from ..destination import when_whole
 SUFFIXES = (".pdf", ".png", ".svg")
 """The formats that `save` writes, by the end of the file's name."""
 
-INK, SOFT, GRID, MISSING = "#222222", "#5b6875", "#e6eaee", "#eceff2"
+INK, SOFT, EDGE, GRID, MISSING = "#222222", "#5b6875", "#9aa5b0", "#e6eaee", "#eceff2"
+# In a page of HTML: how opaque each is in the colour of the page's text.
+_OPACITIES = {INK: 1.0, SOFT: 0.75, EDGE: 0.45, GRID: 0.13, MISSING: 0.08}
 # Okabe and Ito's colours, which readers with any colour vision tell apart; without their yellow,
 # which is too faint on white. Each comes with a marker and a dash pattern of its own.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.2, 1.5)), (0, (2.5, 1.2)), (0, (9, 3)))
-_EDGE = "#9aa5b0"
+
+_REFERENCE = re.compile(r'(?:url\(|href=")#([^")]+)')  # of one element of an SVG to another
 
 POINTS: dict[str, Any] = {
     "markersize": 5.5,
@@ -74,10 +80,10 @@ def figure(
     grid = figure.add_gridspec(rows, columns)
     found = []
     for index in range(panels):
-        axes = figure.add_subplot(grid[index // columns, index % columns], facecolor="white")
+        axes = figure.add_subplot(grid[index // columns, index % columns], facecolor="none")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_EDGE)
-        axes.tick_params(which="both", color=_EDGE, labelcolor=SOFT, labelsize=9.5)
+        axes.spines[["left", "bottom"]].set_color(EDGE)
+        axes.tick_params(which="both", color=EDGE, labelcolor=SOFT, labelsize=9.5)
         axes.tick_params(which="minor", length=2)
         axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -165,14 +171,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
         ValueError: the suffix is another one.
         OSError: the folder is not there or cannot be written.
     """
-    if not isinstance(figure, Figure):
-        fail(
-            TypeError,
-            "figure",
-            "must be a matplotlib Figure",
-            type(figure).__name__,
-            "The functions plot_... return one.",
-        )
+    _check_figure(figure)
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -190,3 +189,64 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     with when_whole(path) as part:
         part.write_bytes(buffer.getvalue())
     return path
+
+
+def svg(figure: Figure, description: str) -> str:
+    """Return a figure as an ``<svg>`` element for a page of HTML, whose theme it follows.
+
+    Text, axes and grid have the colour of the page's text at that place, and the background is
+    transparent. What is white, such as the rims of markers, has the colour ``--paper`` if the page
+    sets that variable. The element is as wide as it can be. Its text is drawn as shapes, which need
+    no font.
+
+    Args:
+        figure: any matplotlib figure. What is black, or in a neutral colour of this package, takes
+            the colour of the page's text.
+        description: for readers who do not see it. Figures of one page need different ones, as
+            what they define is named after it.
+
+    Raises:
+        TypeError: ``figure`` is none.
+    """
+    _check_figure(figure)
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", facecolor="none", metadata=nothing)
+    text = buffer.getvalue()
+    (view,) = re.findall(r'viewBox="[^"]+"', text)
+    text = text[text.index(">", text.index("<svg")) + 1 :]
+    # Styles would be those of the whole page, and other figures may have the same names.
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    prefix = f"figure-{zlib.crc32(description.encode()):08x}"
+    used = dict.fromkeys(found[1] for found in _REFERENCE.finditer(text))
+    names = {name: f"{prefix}-{index}" for index, name in enumerate(used)}
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{names[m[1]]}"' if m[1] in names else "", text)
+    text = _REFERENCE.sub(lambda m: m[0].replace(m[1], names[m[1]]), text)
+    text = re.sub(r'fill="(#[0-9a-f]{6})"', r'style="fill: \1"', text)  # below a hatch
+    text = re.sub(r"\b(fill|stroke): (#[0-9a-f]{6})", _take_theme, text)
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'{view} role="img" aria-label="{html.escape(description)}" fill="currentColor" '
+        f'stroke-linejoin="round">{text}'
+    )
+
+
+def _take_theme(match: re.Match[str]) -> str:
+    which, color = match.groups()
+    if color == "#ffffff":
+        return f"{which}: var(--paper, white)"
+    opacity = _OPACITIES.get(color)
+    if opacity is None:
+        return match[0]
+    return f"{which}: currentColor" + (f"; {which}-opacity: {opacity}" if opacity < 1 else "")
+
+
+def _check_figure(figure: object) -> None:
+    if not isinstance(figure, Figure):
+        fail(
+            TypeError,
+            "figure",
+            "must be a matplotlib Figure",
+            type(figure).__name__,
+            "The functions plot_... return one.",
+        )

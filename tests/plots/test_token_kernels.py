@@ -1,13 +1,11 @@
 """The figure of token kernels: that it shows the numbers it should."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fresh_python import python
 
 from shaped_attn import plots
 from shaped_attn.priors import ESPA, USPA
@@ -34,7 +32,7 @@ def maps(figure, rows, columns):
     return np.array(axes).reshape(rows, columns), [a for a in figure.axes if not a.images]
 
 
-def test_each_map_has_the_correlations_of_its_layer(propagations, tmp_path):
+def test_each_map_has_the_correlations_of_its_layer(propagations):
     layers = [0, 1, 5]
     figure = plots.plot_token_kernels(propagations, layers, title="A title")
     grid, (bar,) = maps(figure, 3, 3)
@@ -53,7 +51,7 @@ def test_each_map_has_the_correlations_of_its_layer(propagations, tmp_path):
     assert all(not axes.get_title() for axes in grid[1:].flat)
     assert bar.get_ylabel() == "correlation of two tokens"
     assert figure.get_suptitle() == "A title"
-    plots.save(figure, tmp_path / "figure.png")
+    figure.draw_without_rendering()
 
 
 def test_maps_are_square_and_names_stand_beside_them(propagations):
@@ -70,7 +68,7 @@ def test_maps_are_square_and_names_stand_beside_them(propagations):
         assert box.y0 <= label.y0 and label.y1 <= box.y1
 
 
-def test_the_colour_bar_reaches_below_zero_for_negative_correlations(propagations, tmp_path):
+def test_the_colour_bar_reaches_below_zero_for_negative_correlations(propagations):
     kernel = input_kernel(
         torch.arange(TOKENS), positions="sinusoidal", position_weight=1.0, width=2
     )
@@ -79,13 +77,13 @@ def test_the_colour_bar_reaches_below_zero_for_negative_correlations(propagation
     figure = plots.plot_token_kernels(propagations, [0])
     grid, _ = maps(figure, 4, 1)
     assert {axes.images[0].get_clim() for axes in grid.flat} == {(-1, 1)}
-    plots.save(figure, tmp_path / "figure.png")
+    figure.draw_without_rendering()
 
 
-def test_one_map_can_be_drawn(propagations, tmp_path):
+def test_one_map_can_be_drawn(propagations):
     figure = plots.plot_token_kernels({"one": propagations["E-SPA"]}, [LAYERS])
     maps(figure, 1, 1)
-    plots.save(figure, tmp_path / "figure.png")
+    figure.draw_without_rendering()
 
 
 def test_arguments(propagations):
@@ -111,14 +109,7 @@ def test_arguments(propagations):
 
 
 def test_the_example_draws_its_figure(tmp_path):
-    run = subprocess.run(
-        [sys.executable, REPO / "examples/spa_figures.py"]
-        + ["--tokens", "8", "--layers", "1", "3", "--output", tmp_path],
-        env=os.environ | {"PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    sizes = ["--tokens", "8", "--layers", "1", "3"]
+    said = python(REPO / "examples/spa_figures.py", *sizes, "--output", tmp_path, path=[REPO])
     assert (tmp_path / "token_kernels.png").read_bytes().startswith(b"\x89PNG")
-    assert "E-SPA, repeated tokens: mean correlation 0." in run.stdout
+    assert "E-SPA, repeated tokens: mean correlation 0." in said
