@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from ..checks import check_number, check_numbers, check_positive, check_size, fail
+from ..checks import check_choice, check_number, check_numbers, check_positive, check_size, fail
 from ..sde.sample import LEVELS, CovarianceSample, quantile
 from . import style
 from .samples import DEPTH, Series, array, check_samples, describe, series_of
 
+_LABELS = {
+    "distance": r"$1 - \rho$ (mean over pairs)",
+    "size": r"mean variance $\mathrm{tr}\,V / m$",
+}
 _FROZEN: dict[str, Any] = {**style.DOTTED, "marker": "X"}
 
 
@@ -25,14 +29,15 @@ def plot_rank_collapse(
     *,
     width: int | Mapping[str, int] | None = None,
     theory: Mapping[str, float] | None = None,
+    quantities: Sequence[str] = ("distance", "size"),
     levels: tuple[float, float, float] = LEVELS,
     title: str | None = None,
 ) -> Figure:
     """Draw how far tokens are from being parallel, and their size, over depth.
 
-    The left panel has 1 - rho, the mean over pairs of tokens, the right one the mean variance
-    tr V / m: of both the median over paths, in a band of outer quantiles, on logarithmic axes. A
-    1 - rho below the rounding error of the sample's dtype is drawn at it.
+    The distance is 1 - rho, the mean over pairs of tokens, the size the mean variance tr V / m: of
+    both the median over paths, in a band of outer quantiles, on logarithmic axes. A 1 - rho below
+    the rounding error of the sample's dtype is drawn at it.
 
     A cross is where half of the paths have been frozen; the median no longer moves after it and is
     dotted. Simulate unshaped networks with ``eigenvalue_range=(0, math.inf)``, so that they go on.
@@ -42,8 +47,9 @@ def plot_rank_collapse(
         width: of the networks, or of each by its name: the horizontal axis then counts layers,
             width times depth / width. Default None: the axis is depth / width.
         theory: factors by which 1 - rho shrinks in each layer, by the name to show, for which
-            `uncentered_factor` and `softmax_factor` are meant. Each is a thin line in the left
-            panel, from where the first sample starts. Needs the width. Default none.
+            `uncentered_factor` and `softmax_factor` are meant. Each is a thin line beside the
+            distances, from where the first sample starts. Needs the width. Default none.
+        quantities: "distance" and "size", one panel for each. Default both.
         levels: of the lower, middle and upper quantile. Default 5, 50 and 95 %.
         title: stands above the figure. Default none.
 
@@ -64,22 +70,29 @@ def plot_rank_collapse(
             )
     widths = _check_widths(samples, width)
     _check_theory(theory, widths)
-    figure, (left, right) = style.figure(2, title)
+    if not quantities:
+        fail(ValueError, "quantities", "must not be empty", "none", "Give at least one.")
+    for quantity in quantities:
+        check_choice("quantities", quantity, _LABELS)
+    figure, panels = style.figure(len(quantities), title)
+    shown = dict(zip(quantities, panels, strict=True))
     handles: dict[str, Any] = {}
     for series in series_of(samples):
         sample = series.sample
         depth = array(sample.times) * (widths[series.name] if widths else 1)
         frozen = _frozen_from(sample)
-        for axes, values in ((left, _distance(sample)), (right, _size(sample))):
+        for quantity, axes in shown.items():
+            values = _distance(sample) if quantity == "distance" else _size(sample)
             bounds = array(quantile(values, levels)).T
             handles[series.name] = _draw_median(axes, depth, bounds, frozen, series)
     for index, (name, factor) in enumerate((theory or {}).items()):
-        handles[name] = _draw_theory(left, factor, samples, widths, name, index)
+        if "distance" in shown:
+            axes = shown["distance"]
+            handles[name] = _draw_theory(axes, factor, samples, widths, name, index)
     if any(_frozen_from(sample) is not None for sample in samples.values()):
         handles["half of the paths frozen"] = Line2D([], [], color=style.SOFT, **_FROZEN)
-    left.set_ylabel(r"$1 - \rho$ (mean over pairs)")
-    right.set_ylabel(r"mean variance $\mathrm{tr}\,V / m$")
-    for axes in (left, right):
+    for quantity, axes in shown.items():
+        axes.set_ylabel(_LABELS[quantity])
         axes.set_xlabel("layer" if widths else DEPTH)
         axes.set_yscale("log")
         axes.margins(x=0.02)

@@ -145,6 +145,8 @@ def test_settings_of_rank_collapse():
         ({"theory": {"t": 0.9}}, ValueError, "width must be given with theory"),
         ({"width": {"a": 64}}, ValueError, "width must be one number, or have one for each sample"),
         ({"width": 0}, ValueError, "width must be at least 1"),
+        ({"quantities": ()}, ValueError, "quantities must not be empty"),
+        ({"quantities": ("rank",)}, ValueError, "quantities must be one of 'distance', 'size'"),
         ({"width": 6.5}, TypeError, "width must be an int"),
         ({"width": 64, "theory": {"t": 0.0}}, ValueError, r"theory\['t'\] must be greater than 0"),
     ):
