@@ -13,19 +13,17 @@ Nothing but torch is needed. `import shaped_attn` does not import this package.
 
 from .attention import ShapedAttention
 from .block import ShapedBlock, TransformerBlock
+from .cache import KeyValueCache
+from .config import ShapedTransformerConfig
 from .gains import ShapingGains, anneal_gains
-from .generation import KeyValueCache, pad_left
+from .generation import pad_left
 from .initialization import gaussian, initializers, orthogonal
 from .methods import METHODS
 from .mlp import MLP, ShapedMLP, shaped_relu
 from .parameter_groups import parameter_groups
 from .positions import rotary_table
 from .projection import Projection
-from .transformer import (
-    ShapedTransformer,
-    ShapedTransformerConfig,
-    ShapedTransformerOutput,
-)
+from .transformer import ShapedTransformer, ShapedTransformerOutput
 
 __all__ = [
     "METHODS",

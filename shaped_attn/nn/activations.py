@@ -309,9 +309,19 @@ def correlations(kernel: Tensor) -> Tensor:
     return (kernel / scale.masked_fill(scale == 0, 1)).clamp(-1, 1)
 
 
-def _leaky_relu_correlation(slope: float | Tensor, correlation: Tensor) -> Tensor:
-    from ..sde.moments import relu_excess  # shaped_attn.sde imports this package
+def relu_excess(correlation: Tensor, c_plus: float, c_minus: float) -> Tensor:
+    """Return nu(rho), the rate at which a shaped ReLU raises the covariance of two tokens.
 
+    nu(rho) = ((c_plus - c_minus)^2 / (2 pi)) (sqrt(1 - rho^2) - rho arccos(rho)), equation (26) of
+    covariance-sde.md; c_plus and c_minus are the slopes above and below 0.
+    """
+    rho = correlation.clamp(-1, 1)
+    # Not 1 - rho^2, whose rounding is all that is left near rho = 1.
+    rise = ((1 - rho) * (1 + rho)).sqrt() - rho * rho.arccos()
+    return (c_plus - c_minus) ** 2 / (2 * math.pi) * rise
+
+
+def _leaky_relu_correlation(slope: float | Tensor, correlation: Tensor) -> Tensor:
     return correlation + relu_excess(correlation, 1.0, slope) * (2 / (1 + slope**2))
 
 

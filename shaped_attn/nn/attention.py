@@ -22,8 +22,8 @@ from ..checks import (
 from ..functional import shaped_attention
 from ..priors import ESPA, USPA
 from ..validation import IMPLEMENTATIONS
+from .cache import LayerCache
 from .gains import ShapingGains
-from .generation import LayerCache
 from .initialization import WEIGHT_LAWS, Initialized, Law, constant
 from .positions import Rotary, rotate
 from .projection import Projection

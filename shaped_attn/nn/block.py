@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_flag, check_number, check_shape, check_size, fail
 from ..functional import is_autocast
 from .attention import ShapedAttention
-from .generation import LayerCache
+from .cache import LayerCache
 from .initialization import Initialized, Law, constant
 from .mlp import MLP, ShapedMLP
 from .positions import Rotary

@@ -3,115 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from ..checks import check_number, check_positive, check_size, fail
-
-if TYPE_CHECKING:
-    from .transformer import ShapedTransformer
-
-
-class KeyValueCache:
-    """Keys and values of the tokens that a decoder has read, so that it reads each token once.
-
-    A `ShapedTransformer` that is given a cache reads further tokens of the sequences in it:
-
-        cache = KeyValueCache(capacity=128)
-        with torch.no_grad():
-            logits = model(tokens[:, :100], cache=cache).logits
-            logits = model(tokens[:, 100:], cache=cache).logits  # of these tokens alone
-
-    The logits are those of the whole sequence without a cache, up to rounding. That is so for every
-    method: row i of a causal attention matrix, of U-SPA and E-SPA too (the rows of a Cholesky
-    factor), depends on tokens up to i alone, and the centre is a mean over the keys that are here.
-
-    Args:
-        capacity: most tokens of a sequence, padding included; their memory is taken at once.
-        key_start: (B,) int, first token of each sequence that is not padding. Default None: no
-            padding. Calls of the model with the cache take it from here.
-
-    Attributes:
-        length: how many tokens of each sequence the model has read.
-
-    Raises:
-        TypeError, ValueError: ``capacity`` is not a positive int.
-    """
-
-    def __init__(self, capacity: int, *, key_start: Tensor | None = None) -> None:
-        self.capacity = check_size("capacity", capacity)
-        self.key_start = key_start
-        self.length = 0
-        self._layers: dict[int, LayerCache] = {}
-
-    def layer(self, index: int) -> LayerCache:
-        """Return the part of one layer, for `ShapedAttention`."""
-        return self._layers.setdefault(index, LayerCache(self))
-
-    def advance(self, tokens: int) -> None:
-        """Count tokens that all layers have read; before that, they write over them again."""
-        self.length += tokens
-
-
-class LayerCache:
-    """Keys and values of one layer of a `KeyValueCache`."""
-
-    def __init__(self, cache: KeyValueCache) -> None:
-        self._cache = cache
-        self._parts: tuple[Tensor, Tensor] | None = None
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k (B, Hkv, T, D) and v (B, Hkv, T, Dv); return those of all tokens so far.
-
-        Raises:
-            TypeError: they have another dtype than those before.
-            ValueError: they are more than there is room for, of another batch or another model
-                than those before, or a gradient may be asked for.
-        """
-        cache = self._cache
-        start, stop = cache.length, cache.length + k.shape[2]
-        if torch.is_grad_enabled():
-            fail(
-                ValueError,
-                "cache",
-                "is written in place and needs torch.no_grad()",
-                "a call with gradients",
-                "Call the model under torch.no_grad(), or without a cache.",
-            )
-        if stop > cache.capacity:
-            fail(
-                ValueError,
-                "cache",
-                f"must have room for {stop} tokens, {start} of them read before",
-                f"capacity {cache.capacity}",
-                "Make it with a larger capacity.",
-            )
-        if self._parts is None:
-            self._parts = tuple(
-                x.new_empty(*x.shape[:2], cache.capacity, x.shape[3]) for x in (k, v)
-            )
-        for kept, new in zip(self._parts, (k, v), strict=True):
-            if kept.dtype != new.dtype or kept.device != new.device:
-                fail(
-                    TypeError,
-                    "cache",
-                    f"must be of {new.dtype} on {new.device}, which this call computes",
-                    f"{kept.dtype} on {kept.device} from calls before",
-                    "Make a new cache for another dtype, autocast or device.",
-                )
-            if (*kept.shape[:2], kept.shape[3]) != (*new.shape[:2], new.shape[3]):
-                fail(
-                    ValueError,
-                    "cache",
-                    f"must be of (B, heads, D) = {(*new.shape[:2], new.shape[3])}, as this call",
-                    f"{(*kept.shape[:2], kept.shape[3])} from calls before",
-                    "Make a new cache for another batch or model.",
-                )
-            kept[:, :, start:stop] = new
-        keys, values = self._parts
-        return keys[:, :, :stop], values[:, :, :stop]
+from ..checks import check_int, check_number, check_positive, check_size, fail
+from .cache import KeyValueCache
 
 
 def pad_left(sequences: Sequence[Tensor], pad_token: int = 0) -> tuple[Tensor, Tensor]:
@@ -143,51 +41,82 @@ def pad_left(sequences: Sequence[Tensor], pad_token: int = 0) -> tuple[Tensor, T
     return tokens, torch.tensor(starts, device=tokens.device)
 
 
-@torch.no_grad()
-def generate(
-    model: ShapedTransformer,
-    tokens: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    key_start: Tensor | None = None,
-    end_token: int | None = None,
-    generator: Generator | None = None,
-) -> Tensor:
-    """Continue sequences; `ShapedTransformer.generate` describes it."""
-    max_new_tokens = check_size("max_new_tokens", max_new_tokens)
-    _check_prompt(model, tokens, max_new_tokens, key_start)
-    _check_sampling(model, temperature, top_k, top_p, generator)
-    if end_token is not None and (
-        check_number("end_token", end_token, 0, model.config.vocab_size - 1) != int(end_token)
-    ):
-        fail(TypeError, "end_token", "must be an int", end_token, "Pass the id of a token.")
-    batch, length = tokens.shape
-    # The last token is not read.
-    cache = KeyValueCache(length + max_new_tokens - 1, key_start=key_start)
-    is_done = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-    found, read = [tokens], tokens
-    for _ in range(max_new_tokens):
-        logits = model(read, cache=cache).logits[:, -1]
-        if not logits.isfinite().all():
-            fail(
-                ValueError,
-                "model",
-                "must give finite logits",
-                f"others for token {cache.length}",
-                "Look at its weights: training may have diverged.",
-            )
-        new = sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
+class GenerationMixin:
+    """`generate`, for a causal model with a ``config`` whose forward takes a `KeyValueCache`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        key_start: Tensor | None = None,
+        end_token: int | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Continue sequences token by token, each computed once with a `KeyValueCache`.
+
+        Every method can, and what it gives is what the model without a cache gives, up to rounding.
+        No gradient is kept.
+
+        Args:
+            tokens: (B, T) integers, T at least 1: the prompts. Shorter ones have padding in front;
+                `pad_left` makes ``tokens`` and ``key_start`` of prompts of different lengths.
+            max_new_tokens: how many to add to each. Learned positions limit T + max_new_tokens to
+                ``max_length``.
+            temperature: 0.0, the default, takes the most likely token, of equal ones the first.
+                Otherwise tokens are drawn from softmax(logits / temperature).
+            top_k: draw from the k most likely tokens alone. Default None: from all.
+            top_p: draw from the fewest most likely tokens (of the k) whose probabilities add up to
+                at least p, above 0 and at most 1. Default None: from all.
+            key_start: (B,) int, first token of each prompt that is not padding. Default None: no
+                padding.
+            end_token: after it a sequence is filled with it, and when all have it no further tokens
+                are computed. Default None: none ends a sequence.
+            generator: source of the draws, on the device of the model; equal states of it give
+                equal tokens. Default None: torch's global one.
+
+        Returns:
+            (B, T + n) of the dtype of ``tokens``, the prompts in front; n is ``max_new_tokens``, or
+            less if all sequences have ended.
+
+        Raises:
+            TypeError, ValueError: a model without head "causal_lm", an argument out of its range,
+                ``top_k``, ``top_p`` or ``generator`` at temperature 0, logits that are not finite;
+                and as ``forward``.
+        """
+        max_new_tokens = check_size("max_new_tokens", max_new_tokens)
+        _check_prompt(self.config, tokens, max_new_tokens, key_start)
+        _check_sampling(self.config.vocab_size, temperature, top_k, top_p, generator)
         if end_token is not None:
-            new = new.masked_fill(is_done, end_token)
-            is_done |= new == end_token
-        read = new[:, None]
-        found.append(read)
-        if end_token is not None and is_done.all():
-            break
-    return torch.cat(found, dim=1)
+            end_token = check_int("end_token", end_token, 0, self.config.vocab_size - 1)
+        batch, length = tokens.shape
+        # The last token is not read.
+        cache = KeyValueCache(length + max_new_tokens - 1, key_start=key_start)
+        is_done = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+        found, read = [tokens], tokens
+        for _ in range(max_new_tokens):
+            logits = self(read, cache=cache).logits[:, -1]
+            if not logits.isfinite().all():
+                fail(
+                    ValueError,
+                    "model",
+                    "must give finite logits",
+                    f"others for token {cache.length}",
+                    "Look at its weights: training may have diverged.",
+                )
+            new = sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
+            if end_token is not None:
+                new = new.masked_fill(is_done, end_token)
+                is_done |= new == end_token
+            read = new[:, None]
+            found.append(read)
+            if end_token is not None and is_done.all():
+                break
+        return torch.cat(found, dim=1)
 
 
 def sample(
@@ -217,9 +146,8 @@ def sample(
 
 
 def _check_prompt(
-    model: ShapedTransformer, tokens: Tensor, max_new_tokens: int, key_start: Tensor | None
+    config: Any, tokens: Tensor, max_new_tokens: int, key_start: Tensor | None
 ) -> None:
-    config = model.config
     if config.head != "causal_lm":
         fail(
             ValueError,
@@ -263,7 +191,7 @@ def _check_prompt(
 
 
 def _check_sampling(
-    model: ShapedTransformer,
+    vocab_size: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -279,8 +207,7 @@ def _check_sampling(
                 value,
                 "Leave it out, or pass a temperature such as 1.0.",
             )
-    if top_k is not None and check_size("top_k", top_k) > model.config.vocab_size:
-        rule = f"must be at most vocab_size = {model.config.vocab_size}"
-        fail(ValueError, "top_k", rule, top_k, "Leave it out to take all tokens.")
-    if top_p is not None and check_positive("top_p", top_p) > 1.0:
-        fail(ValueError, "top_p", "must be at most 1", top_p, "Leave it out to take all tokens.")
+    if top_k is not None:
+        check_int("top_k", top_k, 1, vocab_size)
+    if top_p is not None:
+        check_positive("top_p", top_p, high=1.0)

@@ -2,294 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_choice, check_flag, check_positive, check_shape, check_size, fail
-from . import saving
-from .block import NORMS, ShapedBlock, TransformerBlock, make_norm, normalize
-from .gains import GAIN_NAMES, check_head_gain
-from .generation import KeyValueCache, generate
+from ..checks import check_shape, fail
+from .block import make_norm, normalize
+from .cache import KeyValueCache
+from .config import ShapedTransformerConfig
+from .generation import GenerationMixin
 from .initialization import Initialized
-from .methods import build_blocks, final_norm, resolve_wiring
+from .methods import final_norm
 from .positions import rotary_table
 from .projection import Projection
-
-KINDS = ("decoder", "encoder")
-HEADS = ("causal_lm", "masked_lm", "token_classification", None)
-POSITIONS = ("learned", "rotary", "none")
-
-SHAPED_FIELDS = (
-    "branch_gain",
-    "skip_gain",
-    "preserves_variance",
-    "out_proj",
-    "scale",
-    "tau0",
-    "identity_gain",
-    "softmax_gain",
-    "center_gain",
-    "gain_scheme",
-    "learned_gains",
-    "c_plus",
-    "c_minus",
-    "trainable_slopes",
-)
-"""Fields that describe `ShapedBlock` and have no meaning for other methods."""
-
-VERSION_KEY, FORMAT_VERSION = "format_version", 1
-"""Of the JSON of a configuration."""
+from .saving import SavingMixin
 
 IGNORED_LABEL = -100
 """Label of tokens that the loss leaves out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapedTransformerConfig:
-    """Everything that defines a `ShapedTransformer`, checked when it is made.
-
-    Attributes:
-        vocab_size: number of tokens of the vocabulary.
-        method: "shaped" (the default), "simplified", "simplified_parallel", "value_skipinit",
-            "u_spa", "e_spa" or "pre_ln"; see `ShapedTransformer`.
-        has_skip: whether there are skips. Default None: what the method's paper has. "shaped"
-            without skips has ``branch_gain`` 1. The simplified methods never have one around their
-            attention; that around the MLP of "simplified" always is.
-        has_normalization: whether blocks read a normalised stream. Default None: if ``norm`` is
-            given, else what the method's paper has.
-        width: n, width of the stream. Default 256.
-        depth: number of blocks. Default 8.
-        kind: "decoder" (the default; causal) or "encoder" (every token sees every other).
-        head: "causal_lm" (the default; decoders only), "masked_lm" (encoders only),
-            "token_classification", or None for hidden states alone.
-        num_labels: classes of "token_classification"; unused otherwise. Default 2.
-        positions: "rotary" (the default), "learned" or "none".
-        max_length: tokens that the table of "learned" positions has room for; the others have no
-            limit. Default 512.
-        rotary_base: base of the rotary angles. Default 10000.0.
-        tie_embeddings: whether the language-model head uses the matrix of the token embedding.
-            Default False.
-        final_norm: "rms" or "layer", before the head. Default None: none for "shaped"; for other
-            methods that of the blocks, which for "simplified_parallel" without is "layer".
-        activation_checkpointing: whether training keeps only the stream between blocks and
-            computes the inside of each again in the backward. Default False.
-        norm: "rms" or "layer", the normalisation of the blocks. Default None: that of the method's
-            paper, if there is one at all.
-        heads, kv_heads, head_dim, impl, mlp_ratio: of every block, with the defaults of
-            `ShapedBlock`, except 4 heads.
-        branch_gain, skip_gain, preserves_variance, out_proj, scale, tau0: of every block of
-            "shaped", with the defaults of `ShapedBlock`; of other methods they are part of what
-            the method is.
-        identity_gain, softmax_gain, center_gain, gain_scheme, learned_gains: likewise. Gains per
-            head are stored as tuples.
-        c_plus, c_minus, trainable_slopes: likewise.
-
-    Raises:
-        TypeError: a value has the wrong type, or a field without default is missing.
-        ValueError: a value is out of range, an unknown choice, or fields contradict each other; a
-            method with a wiring that no paper gives it, or with fields of "shaped". Rules of the
-            blocks are those of `ShapedBlock`.
-    """
-
-    vocab_size: int
-    width: int = 256
-    depth: int = 8
-    kind: str = "decoder"
-    head: str | None = "causal_lm"
-    num_labels: int = 2
-    positions: str = "rotary"
-    max_length: int = 512
-    rotary_base: float = 10000.0
-    tie_embeddings: bool = False
-    final_norm: str | None = None
-    activation_checkpointing: bool = False
-
-    method: str = "shaped"
-    has_skip: bool | None = None
-    has_normalization: bool | None = None
-
-    heads: int = 4
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    branch_gain: float = 0.5
-    skip_gain: float | None = None
-    preserves_variance: bool = True
-    norm: str | None = None
-    out_proj: str = "none"
-    scale: str | float = "width"
-    tau0: float = 1.0
-    identity_gain: float | Sequence[float] = 1.0
-    softmax_gain: float | Sequence[float] = 1.0
-    center_gain: float | Sequence[float] | None = None
-    gain_scheme: str = "fixed"
-    learned_gains: Sequence[str] = ("identity_gain", "center_gain")
-    impl: str = "auto"
-    mlp_ratio: float = 1.0
-    c_plus: float = 0.0
-    c_minus: float = -1.0
-    trainable_slopes: bool = False
-
-    def __post_init__(self) -> None:
-        """Check every field; make sequences tuples, so that equal configurations compare equal."""
-        for name in ("vocab_size", "width", "depth", "num_labels", "max_length", "heads"):
-            check_size(name, getattr(self, name))
-        check_choice("kind", self.kind, KINDS)
-        check_choice("head", self.head, HEADS)
-        check_choice("positions", self.positions, POSITIONS)
-        check_choice("final_norm", self.final_norm, NORMS)
-        check_positive("rotary_base", self.rotary_base)
-        check_flag("tie_embeddings", self.tie_embeddings)
-        check_flag("activation_checkpointing", self.activation_checkpointing)
-        for name in GAIN_NAMES:
-            gain = getattr(self, name)
-            if gain is not None:
-                object.__setattr__(self, name, check_head_gain(name, gain, self.heads))
-        if isinstance(self.learned_gains, list):
-            object.__setattr__(self, "learned_gains", tuple(self.learned_gains))
-        self._check_method()
-        # The rules of a block are known to the block; on this device it has no memory.
-        block = next(self.build_blocks(device="meta"))
-        self._check_together(block.attention.head_dim)
-
-    def _check_method(self) -> None:
-        unused, given = (), f'method="{self.method}"'
-        if self.method != "shaped":
-            unused = SHAPED_FIELDS
-        elif self.has_skip is False:
-            unused, given = ("branch_gain", "skip_gain"), "has_skip=False"
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in unused and value != field.default:
-                fail(
-                    ValueError,
-                    field.name,
-                    f"must keep its default for {given}, which has its own",
-                    repr(value),
-                    'Leave it out, or describe the network with method="shaped".',
-                )
-
-    def _check_together(self, head_dim: int) -> None:
-        needed_kind = {"causal_lm": "decoder", "masked_lm": "encoder"}.get(self.head, self.kind)
-        if self.kind != needed_kind:
-            fail(
-                ValueError,
-                "head",
-                f'must not be "{self.head}" for kind="{self.kind}"',
-                repr(self.head),
-                f'Pass kind="{needed_kind}", or another head.',
-            )
-        if self.tie_embeddings and self.head not in ("causal_lm", "masked_lm"):
-            fail(
-                ValueError,
-                "tie_embeddings",
-                "needs a language-model head",
-                f"head={self.head!r}",
-                'Pass head="causal_lm" or "masked_lm", or tie_embeddings=False.',
-            )
-        if self.positions == "rotary" and head_dim % 2 != 0:
-            fail(
-                ValueError,
-                "head_dim",
-                'must be even for positions="rotary", which turn pairs',
-                head_dim,
-                "Change head_dim, or width and heads, or take other positions.",
-            )
-
-    def wiring(self) -> tuple[bool, str | None]:
-        """Return whether there are skips, and the normalisation of the blocks or None."""
-        return resolve_wiring(self.method, self.has_skip, self.has_normalization, self.norm)
-
-    def block_arguments(self) -> dict[str, Any]:
-        """Return the arguments of each `ShapedBlock`, or for other methods of `build_blocks`."""
-        has_skip, norm = self.wiring()
-        is_shaped = self.method == "shaped"
-        taken = inspect.signature(ShapedBlock if is_shaped else build_blocks).parameters
-        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in taken}
-        shared |= {"is_causal": self.kind == "decoder", "norm": norm}
-        if not is_shaped:
-            return shared | {"has_skip": has_skip}
-        return shared if has_skip else shared | {"branch_gain": 1.0, "skip_gain": 0.0}
-
-    def build_blocks(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Iterator[TransformerBlock]:
-        """Make the blocks, the first layer first."""
-        arguments = self.block_arguments() | {"device": device, "dtype": dtype}
-        if self.method != "shaped":
-            return build_blocks(**arguments)
-        return (ShapedBlock(**arguments) for _ in range(self.depth))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields as a dict; `from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ShapedTransformerConfig:
-        """Make a configuration from a dict of fields; those left out keep their default.
-
-        Raises:
-            ValueError: a key is not the name of a field, or a field without default is missing.
-            TypeError, ValueError: as the class itself.
-        """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            fail(
-                ValueError,
-                "values",
-                "must have the fields of ShapedTransformerConfig as keys",
-                f"unknown {', '.join(map(repr, unknown))}",
-                f"The fields are {', '.join(known)}.",
-            )
-        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
-        if missing:
-            fail(
-                ValueError,
-                "values",
-                f"must have {', '.join(map(repr, missing))}, which has no default",
-                f"keys {sorted(values)}",
-                "Add it.",
-            )
-        return cls(**values)
-
-    def to_json(self) -> str:
-        """Return all fields and the version of the format as JSON; `from_json` is the inverse."""
-        return json.dumps({VERSION_KEY: FORMAT_VERSION, **self.to_dict()}, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> ShapedTransformerConfig:
-        """Make a configuration from the JSON of a dict of fields.
-
-        ``format_version`` may be left out.
-
-        Raises:
-            ValueError: the text is no JSON of a dict, or of another version.
-            TypeError, ValueError: as `from_dict`.
-        """
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            rule = "must be the JSON of a dict of fields"
-            fail(ValueError, "text", rule, type(values).__name__, "to_json writes one.")
-        version = values.pop(VERSION_KEY, FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            fail(
-                ValueError,
-                VERSION_KEY,
-                f"must be {FORMAT_VERSION}, which this version of shaped_attn reads",
-                repr(version),
-                "Load it with the version of shaped_attn that wrote it, or a later one.",
-            )
-        return cls.from_dict(values)
 
 
 class ShapedTransformerOutput(NamedTuple):
@@ -306,7 +39,7 @@ class ShapedTransformerOutput(NamedTuple):
     loss: Tensor | None = None
 
 
-class ShapedTransformer(Initialized, nn.Module):
+class ShapedTransformer(GenerationMixin, SavingMixin, Initialized, nn.Module):
     r"""Transformer of one of seven methods: embeddings, ``depth`` blocks, final norm, head.
 
     "shaped"
@@ -387,6 +120,8 @@ class ShapedTransformer(Initialized, nn.Module):
         - He and Hofmann, Simplifying Transformer Blocks, arXiv 2311.01906.
         - papers.md, which tells what of them is confirmed.
     """
+
+    config_class = ShapedTransformerConfig
 
     def __init__(
         self,
@@ -501,96 +236,6 @@ class ShapedTransformer(Initialized, nn.Module):
         logits = self._logits(hidden)
         loss = None if labels is None else self._loss(logits, labels)
         return ShapedTransformerOutput(hidden, logits, loss)
-
-    def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        key_start: Tensor | None = None,
-        end_token: int | None = None,
-        generator: Generator | None = None,
-    ) -> Tensor:
-        """Continue sequences token by token, each computed once with a `KeyValueCache`.
-
-        Every method can, and what it gives is what the model without a cache gives, up to rounding.
-        No gradient is kept.
-
-        Args:
-            tokens: (B, T) integers, T at least 1: the prompts. Shorter ones have padding in front;
-                `pad_left` makes ``tokens`` and ``key_start`` of prompts of different lengths.
-            max_new_tokens: how many to add to each. Learned positions limit T + max_new_tokens to
-                ``max_length``.
-            temperature: 0.0, the default, takes the most likely token, of equal ones the first.
-                Otherwise tokens are drawn from softmax(logits / temperature).
-            top_k: draw from the k most likely tokens alone. Default None: from all.
-            top_p: draw from the fewest most likely tokens (of the k) whose probabilities add up to
-                at least p, above 0 and at most 1. Default None: from all.
-            key_start: (B,) int, first token of each prompt that is not padding. Default None: no
-                padding.
-            end_token: after it a sequence is filled with it, and when all have it no further tokens
-                are computed. Default None: none ends a sequence.
-            generator: source of the draws, on the device of the model; equal states of it give
-                equal tokens. Default None: torch's global one.
-
-        Returns:
-            (B, T + n) of the dtype of ``tokens``, the prompts in front; n is ``max_new_tokens``, or
-            less if all sequences have ended.
-
-        Raises:
-            TypeError, ValueError: a model without head "causal_lm", an argument out of its range,
-                ``top_k``, ``top_p`` or ``generator`` at temperature 0, logits that are not finite;
-                and as ``forward``.
-        """
-        return generate(
-            self,
-            tokens,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            key_start=key_start,
-            end_token=end_token,
-            generator=generator,
-        )
-
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write ``model.json``, the configuration, and ``model.safetensors``, the weights.
-
-        Args:
-            folder: made if it is not there. A model that is in it is not overwritten.
-
-        Raises:
-            ModuleNotFoundError: safetensors is not installed.
-            OSError: the folder cannot be written, or has a model.
-            ValueError: the weights are not those of the configuration, such as stacks.
-        """
-        saving.save(self, folder)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: Path | str,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> ShapedTransformer:
-        """Make the model that `save_pretrained`, or a finished `shaped-attn train`, has written.
-
-        Args:
-            folder: that has ``model.json`` and ``model.safetensors``.
-            device: of the parameters. Default: torch's default device.
-            dtype: of the parameters. Default: as they were saved, bit for bit.
-
-        Raises:
-            ModuleNotFoundError: safetensors is not installed.
-            OSError: a file is missing or cannot be read.
-            ValueError: a file is damaged, or of another format or version; the two do not fit.
-        """
-        return saving.load(cls, ShapedTransformerConfig, folder, device, dtype)
 
     def _embed(self, tokens: Tensor, key_start: Tensor | None, start: int) -> Tensor:
         # Of other integers torch has no embedding.

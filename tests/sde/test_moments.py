@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shaped_attn.nn.activations import relu_excess
 from shaped_attn.sde import CovarianceSDE, Detuning, equicorrelated, moments
 from shaped_attn.sde.settings import variance_correction
 
@@ -330,13 +331,13 @@ class TestMLP:
     def test_at_the_ends(self):
         c_plus, c_minus = 0.4, -1.1
         rho = torch.tensor([1.0, -1.0], dtype=torch.float64)
-        found = moments.relu_excess(rho, c_plus, c_minus)
+        found = relu_excess(rho, c_plus, c_minus)
         assert found[0] == 0
         assert math.isclose(found[1], (c_plus - c_minus) ** 2 / 2, rel_tol=4 * EPS)
 
     def test_rounding_beyond_the_ends(self):
         rho = torch.tensor([1 + 4 * EPS, -1 - 4 * EPS], dtype=torch.float64)
-        found = moments.relu_excess(rho, 0.0, 1.0)
+        found = relu_excess(rho, 0.0, 1.0)
         assert found[0] == 0 and math.isclose(found[1], 0.5, rel_tol=4 * EPS)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -347,7 +348,7 @@ class TestMLP:
         of their difference (2 d)^{3/2} / 3; the next order of that is a relative d.
         """
         d = 2.0 ** -torch.arange(6, 40 if dtype == torch.float64 else 16, dtype=torch.float64)
-        found = moments.relu_excess((1 - d).to(dtype), 0.0, -1.0).double()
+        found = relu_excess((1 - d).to(dtype), 0.0, -1.0).double()
         expected = (2 * d) ** 1.5 / 3 / (2 * math.pi)
         allowed = d + 8 * torch.finfo(dtype).eps / d
         keep = allowed < 0.1
