@@ -371,7 +371,7 @@ def test_a_model_is_not_written_over(tmp_path):
 def test_weights_that_the_configuration_does_not_describe_are_not_saved(tmp_path):
     model = build()
     model.blocks[1].mlp.pre.weight = torch.nn.Parameter(torch.zeros(2, 16, 16))
-    message = r"got blocks.1.mlp.pre.weight of shape \(2, 16, 16\) for \(16, 16\)"
+    message = r"got blocks.1.mlp.pre.weight of shape \(2, 16, 16\) for \(64, 16\)"
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -24,7 +24,7 @@ from shaped_attn.nn import (
     parameter_groups,
 )
 from shaped_attn.nn.activations import TailoredLeakyReLU, tat_slope
-from shaped_attn.nn.transformer import SHAPED_FIELDS
+from shaped_attn.nn.config import SHAPED_FIELDS
 from shaped_attn.priors import ESPA, USPA, prior_matrix
 from shaped_attn.testing import (
     assert_within_spread,
