@@ -69,6 +69,15 @@ def settings_of(owner: type) -> dict[str, tuple[Field, Setting]]:
     return {f.name: (f, f.metadata[_KEY]) for f in fields(owner) if _KEY in f.metadata}
 
 
+def names_in_files(owner: type) -> dict[str, str]:
+    """Return the fields by the names that they have in files: their own, or that of the flag."""
+    found = {}
+    for name, (_, described) in settings_of(owner).items():
+        flag = described.flags[0].partition("/")[0].removeprefix("--") if described.flags else name
+        found |= {name: name, flag.replace("-", "_"): name}
+    return found
+
+
 @functools.cache
 def kinds(owner: type) -> dict[str, Any]:
     """Return the annotated types of a dataclass by name of the field, without the None of some."""

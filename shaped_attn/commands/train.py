@@ -11,96 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..checks import fail
+from ..settings import settings_of
+from ..train.settings import TrainSettings
 from .common import INTERRUPTED, usage_errors
+from .settings import List, by_field, config_option, naming, read, setting_options
 
 if TYPE_CHECKING:
-    from ..train.settings import TrainSettings
     from ..train.study import Study
     from ..train.trainer import Progress, TrainResult
 
-# Flags, type, default to show, help. All defaults are those of settings.TrainSettings, which also
-# checks the values, wherever they come from; here an option that is not given is None.
-_SETTINGS = (
-    (
-        ("--method",),
-        str,
-        "shaped",
-        "shaped, simplified, simplified_parallel, value_skipinit, u_spa, e_spa or pre_ln.",
-    ),
-    (("--depth", "--layers", "depth"), int, "12", "Number of blocks."),
-    (("--width",), int, "128", "Width of the model."),
-    (("--heads",), int, "4", "Number of heads."),
-    (("--skip/--no-skip",), bool, "what the method's paper uses", "Whether blocks have skips."),
-    (
-        ("--normalization/--no-normalization",),
-        bool,
-        "what the method's paper uses",
-        "Whether blocks have normalisation layers.",
-    ),
-    (("--positions",), str, "rotary", "rotary, learned or none."),
-    (("--mlp-ratio",), float, "4", "Hidden width of the MLP over the width."),
-    (("--context",), int, "128", "Tokens, that is bytes, of a sequence."),
-    (
-        ("--data",),
-        str,
-        "stdlib",
-        "Text: stdlib (the source of Python's standard library), a file, a folder, a folder that "
-        "datasets.save_to_disk wrote, wikitext-103, c4, or hf:NAME[:CONFIG].",
-    ),
-    (("--text-column",), str, "text", "Column of a dataset with the text."),
-    (("--data-bytes",), int, "100000000", "Most bytes of text to take."),
-    (("--steps",), int, "1000", "Number of steps of the optimizer."),
-    (("--batch-size",), int, "16", "Sequences of a step, of all parts and devices together."),
-    (("--accumulation",), int, "1", "Parts of a batch, computed one after the other."),
-    (("--learning-rate",), float, "0.001", "Its peak."),
-    (("--schedule",), str, "cosine", "cosine, linear or constant, after the warm-up."),
-    (("--warmup-steps",), int, "5 % of the steps", "Steps over which the learning rate grows."),
-    (("--final-share",), float, "0.1", "Learning rate at the end, over its peak."),
-    (("--weight-decay",), float, "0.1", "Of matrices; embeddings, gains and norms have none."),
-    (("--clip-norm",), float, "1", "Largest norm of the gradient; 0 does not clip."),
-    (("--seed",), int, "0", "Seed of weights and batches."),
-    (("--precision",), str, "fp32", "fp32, or bf16 for autocast."),
-    (("--evaluate-every",), int, "100", "Steps between validations."),
-    (("--evaluation-windows",), int, "64", "Sequences of a validation."),
-    (("--log-every",), int, "1", "Steps between the losses that are recorded."),
-    (("--checkpoint-every",), int, "100", "Steps between checkpoints."),
-    (("--keep-checkpoints",), int, "2", "How many checkpoints to keep."),
-)
-
-
-class _List(click.ParamType):
-    """Values between commas."""
-
-    def __init__(self, kind: type, name: str) -> None:
-        self.kind, self.name = kind, name
-
-    def convert(self, value: Any, param: Any, context: Any) -> tuple:
-        """Return the values."""
-        try:
-            return tuple(self.kind(part.strip()) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of {self.kind.__name__} between commas")
-
-
-def _settings_options(command: Callable) -> Callable:
-    for flags, kind, default, text in reversed(_SETTINGS):
-        shown = f"{text}  [default: {default}]"
-        command = click.option(*flags, type=kind, default=None, help=shown)(command)
-    return command
+# A prediction may be of a network without one of these; a decoder has all of them.
+_PARTS = ("attention", "mlp", "causal")
 
 
 @click.command(short_help="Train a decoder on text; or compare methods over depth.")
-@_settings_options
+@setting_options(TrainSettings)
 @click.option(
     "--study",
     type=click.Choice(("depth",)),
     help="Compare methods over depth, with and without skips and normalisation.",
 )
-@click.option("--depths", type=_List(int, "LIST"), help="Of the study.  [default: 12,36,72]")
-@click.option("--methods", type=_List(str, "LIST"), help="Of the study.  [default: all]")
+@click.option("--depths", type=List(int), help="Of the study.  [default: 12,36,72]")
+@click.option("--methods", type=List(str), help="Of the study.  [default: all]")
 @click.option(
     "--learning-rates",
-    type=_List(float, "LIST"),
+    type=List(float),
     help="Of the study, which reports the best for each model.  [default: --learning-rate]",
 )
 @click.option(
@@ -110,12 +46,7 @@ def _settings_options(command: Callable) -> Callable:
     show_default=True,
     help="Folder for checkpoints, metrics and results; a run in it is resumed.",
 )
-@click.option(
-    "--config",
-    type=click.Path(dir_okay=False, exists=True, path_type=Path),
-    help="Read settings from this .json or .toml file; flags win over it. Keys are the flags with "
-    "underscores; on/off flags have the first name, as in skip = false.",
-)
+@config_option
 @click.option(
     "--device",
     type=click.Choice(("auto", "cpu")),
@@ -180,14 +111,26 @@ def train(
 
 
 def _make_settings(config: Path | None, flags: dict[str, Any]) -> TrainSettings:
-    from ..config_file import naming
-    from ..train.settings import TrainSettings, read_config
-
     given = {name: value for name, value in flags.items() if value is not None}
     with usage_errors():
-        values = {} if config is None else read_config(config)
+        values = {} if config is None else _read_config(config, given)
         with naming(config, values.keys() - given.keys()):
             return TrainSettings(**{**values, **given})
+
+
+def _read_config(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    from ..sde.prediction import Settings
+
+    values, predicted = read(path, given)
+    for name in _PARTS:
+        if not {**values, **predicted}.get(name, True):
+            remedy = "What is trained is a decoder: predict one."
+            fail(ValueError, f"{path}: {name}", "must be true", "false", remedy)
+    alone = settings_of(Settings).keys() - settings_of(TrainSettings).keys()
+    unused = [name for name in values if name in alone]
+    if unused:
+        click.echo(f"{path}: of a prediction alone, and unused: {', '.join(unused)}", err=True)
+    return by_field(path, {x: values[x] for x in values if x not in unused}, TrainSettings)
 
 
 def _run(settings: TrainSettings, output: Path, device: str, work: dict[str, Any]) -> TrainResult:

@@ -134,7 +134,7 @@ def variants(settings: TrainSettings, methods: Sequence[str]) -> list[Variant]:
     """Return the methods with every combination of skips and normalisation that is defined.
 
     Combinations that `shaped_attn.nn.ShapedTransformerConfig` refuses are left out, and so are
-    those that ``settings.skip`` or ``settings.normalization`` exclude.
+    those that ``settings.has_skip`` or ``settings.has_normalization`` exclude.
 
     Raises:
         ValueError: a method is unknown, or has no such combination.
@@ -144,12 +144,14 @@ def variants(settings: TrainSettings, methods: Sequence[str]) -> list[Variant]:
         check_choice("methods", method, METHODS)
         before = len(found)
         for skip, normalization in product((True, False), repeat=2):
-            if settings.skip not in (None, skip):
+            if settings.has_skip not in (None, skip):
                 continue
-            if settings.normalization not in (None, normalization):
+            if settings.has_normalization not in (None, normalization):
                 continue
             try:
-                replace(settings, method=method, skip=skip, normalization=normalization)
+                replace(
+                    settings, method=method, has_skip=skip, has_normalization=normalization
+                )
             except ValueError as error:
                 reason = error
                 continue
@@ -249,8 +251,8 @@ def _settings_of(
     return replace(
         settings,
         method=variant.method,
-        skip=variant.skip,
-        normalization=variant.normalization,
+        has_skip=variant.skip,
+        has_normalization=variant.normalization,
         depth=depth,
         learning_rate=learning_rate,
     )
@@ -258,6 +260,6 @@ def _settings_of(
 
 def run_name(settings: TrainSettings) -> str:
     """Return the name of a run, that of its folder."""
-    skip = "skip" if settings.skip else "no-skip"
-    norm = "norm" if settings.normalization else "no-norm"
+    skip = "skip" if settings.has_skip else "no-skip"
+    norm = "norm" if settings.has_normalization else "no-norm"
     return f"{settings.method}-{skip}-{norm}-depth-{settings.depth}-lr-{settings.learning_rate:g}"

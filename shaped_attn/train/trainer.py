@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import fail
 from ..destination import check_folder
-from ..nn import ShapedTransformer, parameter_groups, saving
+from ..nn import ShapedTransformer, anneal_gains, parameter_groups, saving
 from . import checkpoints, metrics
 from .corpus import Corpus, fixed_windows, sample_batch, step_generator, unigram_entropy
 from .data import load_corpus
@@ -332,6 +332,8 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step = step
+        if settings.gain_scheme == "recover":
+            anneal_gains(self.model, min(1.0, step / (settings.recover_steps or settings.steps)))
         self._timed_steps += 1
         if is_recorded:
             now = time.perf_counter()

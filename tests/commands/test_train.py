@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from shaped_attn import commands
-from shaped_attn.commands import train as command
+from shaped_attn.settings import settings_of
 from shaped_attn.train import metrics, trainer
 from shaped_attn.train import study as study_module
 from shaped_attn.train.settings import TrainSettings
@@ -102,9 +101,9 @@ def test_flags_win_over_the_file_and_reach_the_run(tmp_path):
     result = invoke(*flags(), *options, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
-    expected = {"method": "e_spa", "skip": False, "seed": 5, "steps": 6, "precision": "bf16"}
+    expected = {"method": "e_spa", "has_skip": False, "seed": 5, "steps": 6, "precision": "bf16"}
     assert {name: found[name] for name in expected} == expected
-    assert (found["learning_rate"], found["normalization"]) == (0.01, None)
+    assert (found["learning_rate"], found["has_normalization"]) == (0.01, None)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_flags_win_over_the_file_and_reach_the_run(tmp_path):
         ({"steps": "many"}, "steps must be an int, got 'many'. Pass a whole number."),
         ({"depth": True}, "depth must be an int, got True"),
         ({"learning_rate": "1e-3"}, "learning_rate must be a number, got '1e-3'"),
-        ({"skip": 1}, "skip must be True or False, got 1"),
+        ({"skip": 1}, "has_skip must be True or False, got 1"),
         ({"data": 3}, "data must be text, got 3"),
         ({"seed": 1.5}, "seed must be an int, got 1.5"),
         ({"method": ["shaped"]}, "method must be one of 'shaped'"),
@@ -134,19 +133,41 @@ def test_a_wrong_value_names_its_file(values, message, tmp_path, monkeypatch):
 
 
 def test_the_help_shows_the_defaults():
-    shown = {}
-    for names, kind, default, _ in command._SETTINGS:
-        name = names[0].split("/")[0].removeprefix("--").replace("-", "_")
-        shown[name] = (kind, default)
-    assert set(shown) == {f.name for f in fields(TrainSettings)}
-    for field in fields(TrainSettings):
-        kind, default = shown[field.name]
-        if field.default is not None:
-            assert kind(default) == field.default
     text = words(invoke("train", "--help").stdout)
-    for _, _, default, _ in command._SETTINGS:
-        assert f"[default: {default}]" in text
-    assert "--depth, --layers" in text
+    for flag, default in (
+        ("--depth, --layers INTEGER", "12"),
+        ("--skip / --no-skip", "what the method's paper has"),
+        ("--branch-gain FLOAT", "0.5"),
+        ("--gain-scheme [fixed|learn|recover]", "fixed"),
+        ("--data-bytes INTEGER", "100000000"),
+        ("--learning-rate FLOAT", "0.001"),
+        ("--warmup-steps INTEGER", "5 % of the steps"),
+    ):
+        assert re.search(re.escape(flag) + r"[^\[]*\[default: " + re.escape(default) + r"\]", text)
+    flags = set(re.findall(r"--[a-z0-9-]+", text))
+    assert {f"--{name.replace('_', '-')}" for name in settings_of(TrainSettings)} - flags == {
+        "--has-skip",
+        "--has-normalization",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"learning_rat": 1}, "learning_rat is not a setting. Did you mean learning_rate?"),
+        ({"no_skip": True}, "Write skip = false."),
+        ({"layers": 3}, "Write depth."),
+        ({"output": "here"}, "Give --output on the command line."),
+        ({"learning_rates": [1]}, "Give --learning-rates on the command line."),
+        ({"skip": True, "has_skip": True}, "has_skip is given twice, by both"),
+    ],
+)
+def test_a_file_with_other_names_is_refused(content, message, tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(content))
+    result = invoke("train", "--config", path, "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert message in words(result.stderr)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
@@ -294,8 +315,8 @@ def test_a_run_that_diverges_fails_and_says_why(tmp_path):
     [
         (("--depth", 0), "depth must be at least 1"),
         (("--width", "x"), "'x' is not a valid integer"),
-        (("--method", "rezero"), "method must be one of 'shaped'"),
-        (("--schedule", "step"), "schedule must be one of 'cosine'"),
+        (("--method", "rezero"), "'rezero' is not one of 'shaped'"),
+        (("--schedule", "step"), "'step' is not one of 'cosine'"),
         (("--data", "nowhere.txt"), "data must be a file or folder that exists"),
         (("--device", "abacus"), "'abacus' is not one of 'auto', 'cpu'"),
         (("--config", "none.json"), "does not exist"),

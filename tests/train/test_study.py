@@ -31,8 +31,8 @@ TINY = TrainSettings(
     evaluate_every=2,
     evaluation_windows=4,
     checkpoint_every=2,
-    skip=False,
-    normalization=False,
+    has_skip=False,
+    has_normalization=False,
 )
 
 
@@ -147,7 +147,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
 
 
 def test_variants_are_those_that_are_defined():
-    free = replace(TINY, skip=None, normalization=None)
+    free = replace(TINY, has_skip=None, has_normalization=None)
     found = variants(free, METHODS)
     assert {variant.method for variant in found} == set(METHODS)
     assert len(found) == len(set(found))
@@ -162,8 +162,8 @@ def test_variants_are_those_that_are_defined():
         config = replace(
             free,
             method=variant.method,
-            skip=variant.skip,
-            normalization=variant.normalization,
+            has_skip=variant.skip,
+            has_normalization=variant.normalization,
         ).model_config()
         assert (config.has_skip, config.has_normalization) == (
             variant.skip,
@@ -172,7 +172,7 @@ def test_variants_are_those_that_are_defined():
 
 
 def test_flags_narrow_the_variants():
-    free = replace(TINY, normalization=None)
+    free = replace(TINY, has_normalization=None)
     assert [v.parts for v in variants(free, ("e_spa",))] == ["norm", "neither"]
     assert variants(TINY, ("e_spa",)) == [Variant("e_spa", False, False)]
     with pytest.raises(ValueError, match="methods must have a combination.*'simplified'"):

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shaped_attn.nn import Projection, ShapedTransformer, ShapedTransformerConfig
+from shaped_attn.nn import Projection, ShapedTransformer, ShapedTransformerConfig, anneal_gains
 from shaped_attn.train import checkpoints, metrics, trainer
 from shaped_attn.train.corpus import fixed_windows, sample_batch, step_generator
 from shaped_attn.train.data import load_corpus
@@ -92,9 +92,11 @@ def assert_same_run(output, whole):
 # ------------------------------------------------------------------------------------------- steps
 
 
-def test_training_is_that_of_the_formulas(float64, tmp_path, corpus):
+@pytest.mark.parametrize("steps", [None, 8])
+def test_training_is_that_of_the_formulas(steps, float64, tmp_path, corpus):
     """The same losses as a loop of plain torch, with clipping, warm-up and decay in effect."""
-    chosen = settings(clip_norm=0.5, learning_rate=1e-2, weight_decay=0.2)
+    recover = {} if steps is None else {"gain_scheme": "recover", "recover_steps": steps}
+    chosen = settings(clip_norm=0.5, learning_rate=1e-2, weight_decay=0.2, **recover)
     result = train(chosen, tmp_path / "run")
     found = lines(tmp_path / "run", "train")
 
@@ -112,6 +114,8 @@ def test_training_is_that_of_the_formulas(float64, tmp_path, corpus):
             rate = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 3) / 9)) / 2
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * rate
+        if recover:
+            anneal_gains(model, min(1, step / steps))
         batch = sample_batch(corpus.train, 4, 15, step_generator(0, step))
         logits = model(batch).logits[:, :-1].flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten())
@@ -128,6 +132,8 @@ def test_training_is_that_of_the_formulas(float64, tmp_path, corpus):
         assert line["gradient_norm"] == pytest.approx(norm, rel=1e-9)
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-9)
     assert clipped == 12
+    if recover:
+        anneal_gains(model, 1)
     windows = fixed_windows(corpus.validation, 6, 15)
     with torch.no_grad():
         assert result.loss == pytest.approx(model(windows, labels=windows).loss.item(), rel=1e-9)
