@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Gain
-from .checks import check_size, fail
+from .checks import check_size
 from .visibility import Visibility
 
 CACHED_TOKENS = 1024
@@ -114,16 +114,13 @@ class ESPA:
             _check_parameter("ESPA", name, getattr(self, name))
         low, high = self.decay_out, self.decay_in
         if not isinstance(low, Tensor) and not 0 < low < math.inf:
-            fail(ValueError, "decay_out", "must be above 0 and finite", low, "Try 0.005.")
+            raise ValueError(f"decay_out must be above 0 and finite, got {low}. Try 0.005.")
         if not isinstance(high, Tensor) and not high > 0:
-            fail(ValueError, "decay_in", "must be above 0", high, "math.inf is the identity.")
+            raise ValueError(f"decay_in must be above 0, got {high}. math.inf is the identity.")
         if not isinstance(low, Tensor) and not isinstance(high, Tensor) and high < low:
-            fail(
-                ValueError,
-                "decay_in",
-                f"must be at least decay_out = {low:g}, or entries of the prior are negative",
-                f"{high:g}",
-                "Correlations of tokens can only grow; see ESPA.schedule.",
+            raise ValueError(
+                f"decay_in must be at least decay_out = {low:g}, or entries of the prior are "
+                f"negative, got {high:g}. Correlations of tokens can only grow; see ESPA.schedule."
             )
 
     @staticmethod
@@ -136,7 +133,7 @@ class ESPA:
         """
         check_size("layers", layers)
         if not decay > 0:
-            fail(ValueError, "decay", "must be above 0", decay, "The default is 0.005.")
+            raise ValueError(f"decay must be above 0, got {decay}. The default is 0.005.")
         log_alpha = math.log(-math.expm1(-2 * decay)) / 2
         rates = [math.inf]
         # -expm1 and not 1 - exp, for a decay that is nearly its last value.
@@ -230,23 +227,17 @@ class USPA:
             value = getattr(self, name)
             _check_parameter("USPA", name, value)
             if isinstance(value, Tensor) and value.requires_grad:
-                fail(
-                    ValueError,
-                    name,
-                    "cannot be learned",
-                    "a Tensor that requires a gradient",
-                    f"Pass {name}.detach(), or learn the rates of ESPA.",
+                raise ValueError(
+                    f"{name} cannot be learned, got a Tensor that requires a gradient. "
+                    f"Pass {name}.detach(), or learn the rates of ESPA."
                 )
             if not isinstance(value, Tensor) and not 0 <= value < 1:
-                fail(ValueError, name, "must be at least 0 and below 1", value, "Try 0.8.")
+                raise ValueError(f"{name} must be at least 0 and below 1, got {value}. Try 0.8.")
         low, high = self.rho_in, self.rho_out
         if not isinstance(low, Tensor) and not isinstance(high, Tensor) and high < low:
-            fail(
-                ValueError,
-                "rho_out",
-                f"must be at least rho_in = {low:g}, or entries of the prior are negative",
-                f"{high:g}",
-                "Correlations of tokens can only grow; see USPA.schedule.",
+            raise ValueError(
+                f"rho_out must be at least rho_in = {low:g}, or entries of the prior are negative, "
+                f"got {high:g}. Correlations of tokens can only grow; see USPA.schedule."
             )
 
     @staticmethod
@@ -257,7 +248,7 @@ class USPA:
         """
         check_size("layers", layers)
         if not 0 < rho < 1:
-            fail(ValueError, "rho", "must be between 0 and 1", rho, "The default is 0.8.")
+            raise ValueError(f"rho must be between 0 and 1, got {rho}. The default is 0.8.")
         values = [-math.expm1(layer / layers * math.log1p(-rho)) for layer in range(layers)]
         values.append(rho)
         return [USPA(a, b) for a, b in zip(values[:-1], values[1:], strict=True)]
@@ -335,42 +326,30 @@ def resolve_prior(
     if isinstance(prior, Tensor):
         return check_table(PriorTable("dense", prior), q, k)
     if not isinstance(prior, (ESPA, USPA)):
-        fail(
-            TypeError,
-            "prior",
-            "must be None (uniform), an ESPA, a USPA or a Tensor with the log of the prior matrix",
-            type(prior).__name__,
-            "Leave it out for the uniform prior.",
+        raise TypeError(
+            "prior must be None (uniform), an ESPA, a USPA or a Tensor with the log of the prior "
+            f"matrix, got {type(prior).__name__}. Leave it out for the uniform prior."
         )
     for name in prior._PARAMETERS:  # not vars, which torch 2.11 cannot compile
         value = getattr(prior, name)
         if isinstance(value, Tensor) and value.ndim == 1 and value.shape[0] not in (1, heads):
-            fail(
-                ValueError,
-                f"prior.{name}",
-                f"as a Tensor must have shape () or (H,) = ({heads},)",
-                f"shape ({value.shape[0]},)",
-                "Give one value, or one value per query head.",
+            raise ValueError(
+                f"prior.{name} as a Tensor must have shape () or (H,) = ({heads},), got shape "
+                f"({value.shape[0]},). Give one value, or one value per query head."
             )
     if queries > 0 and (q_offset < 0 or q_offset + queries > keys):
-        fail(
-            ValueError,
-            "prior",
-            "needs a key at the position of every query, "
-            f"0 <= q_offset + i < S = {keys} for i < T = {queries}",
-            f"queries at {q_offset} to {q_offset + queries - 1}",
-            "Choose q_offset between 0 and S - T.",
+        raise ValueError(
+            f"prior needs a key at the position of every query, 0 <= q_offset + i < S = {keys} for "
+            f"i < T = {queries}, got queries at {q_offset} to {q_offset + queries - 1}. "
+            "Choose q_offset between 0 and S - T."
         )
     if visibility.is_causal:
         return prior.table(keys, q.device)
     if key_start is not None or key_end is not None:
-        fail(
-            ValueError,
-            "prior",
-            "without a causal mask depends on the number of tokens, so key_start and key_end must "
-            "be None",
-            "key_start" if key_start is not None else "key_end",
-            "Use is_causal=True, sequences of one length, or a prior for each as a Tensor.",
+        raise ValueError(
+            "prior without a causal mask depends on the number of tokens, so key_start and key_end "
+            f"must be None, got {'key_start' if key_start is not None else 'key_end'}. "
+            "Use is_causal=True, sequences of one length, or a prior for each as a Tensor."
         )
     table = prior.root_table(keys, q.device)
     if table.form == "dense":
@@ -388,20 +367,14 @@ def check_table(table: PriorTable, q: Tensor, k: Tensor) -> PriorTable:
         "column": (heads, 4, values.shape[-1] if values.ndim else 0),
     }.get(table.form)
     if wanted is None:
-        fail(
-            ValueError,
-            "prior_form",
-            'must be "dense", "geometric" or "column"',
-            repr(table.form),
-            "Pass prior to shaped_attention, which chooses it.",
+        raise ValueError(
+            f'prior_form must be "dense", "geometric" or "column", got {table.form!r}. '
+            "Pass prior to shaped_attention, which chooses it."
         )
     if not values.is_floating_point():
-        fail(
-            TypeError,
-            "prior",
-            "as a Tensor must have a floating dtype",
-            values.dtype,
-            "Pass the natural logarithm of the prior weights, -inf for weight 0.",
+        raise TypeError(
+            f"prior as a Tensor must have a floating dtype, got {values.dtype}. "
+            "Pass the natural logarithm of the prior weights, -inf for weight 0."
         )
     is_dense = table.form == "dense"
     shape = tuple(values.shape)
@@ -413,23 +386,16 @@ def check_table(table: PriorTable, q: Tensor, k: Tensor) -> PriorTable:
             for size, full in zip(reversed(shape), reversed(wanted), strict=False)
         )
     ):
-        sizes = ", ".join(str(size) for size in wanted)
-        fail(
-            ValueError,
-            "prior",
-            f"as a Tensor must broadcast to (H, T, S) = ({sizes})"
-            if is_dense
-            else f'of form "{table.form}" must have shape ({sizes})',
-            f"shape ({', '.join(str(size) for size in shape)}{',' if len(shape) == 1 else ''})",
-            "A prior shared by all heads is (T, S).",
+        rule = f'of form "{table.form}" must have shape'
+        if is_dense:
+            rule = "as a Tensor must broadcast to (H, T, S) ="
+        raise ValueError(
+            f"prior {rule} {wanted}, got shape {shape}. A prior shared by all heads is (T, S)."
         )
     if values.device != q.device:
-        fail(
-            ValueError,
-            "prior",
-            f"must be on the device of q, {q.device}",
-            values.device,
-            "Move it with prior.to(q.device).",
+        raise ValueError(
+            f"prior must be on the device of q, {q.device}, got {values.device}. "
+            "Move it with prior.to(q.device)."
         )
     return table
 
@@ -437,12 +403,9 @@ def check_table(table: PriorTable, q: Tensor, k: Tensor) -> PriorTable:
 def check_learnable(table: PriorTable) -> None:
     """Check that the kernels have a gradient of this table."""
     if table.form != "geometric":
-        fail(
-            ValueError,
-            "prior",
-            "cannot be learned with impl='triton', but for an ESPA under a causal mask",
-            f"a {table.form} prior that requires a gradient",
-            "Pass impl='torch', or detach it.",
+        raise ValueError(
+            "prior cannot be learned with impl='triton', but for an ESPA under a causal mask, got "
+            f"a {table.form} prior that requires a gradient. Pass impl='torch', or detach it."
         )
 
 
@@ -474,21 +437,15 @@ def _parameters(first: Gain, second: Gain, device: torch.device | None) -> tuple
 def _check_parameter(prior: str, name: str, value: object) -> None:
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.ndim > 1:
-            fail(
-                TypeError,
-                name,
-                f"of {prior} as a Tensor must be floating and of shape () or (H,)",
-                f"{value.dtype}, shape {tuple(value.shape)}",
-                "Give one value, or one for each head.",
+            raise TypeError(
+                f"{name} of {prior} as a Tensor must be floating and of shape () or (H,), got "
+                f"{value.dtype}, shape {tuple(value.shape)}. Give one value, or one for each head."
             )
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        fail(
-            TypeError,
-            name,
-            f"of {prior} must be a number or a Tensor",
-            f"{value!r} of type {type(value).__name__}",
-            "Pass a float, or a Tensor with one value for each head.",
+        raise TypeError(
+            f"{name} of {prior} must be a number or a Tensor, got {value!r} of type "
+            f"{type(value).__name__}. Pass a float, or a Tensor with one value for each head."
         )
 
 

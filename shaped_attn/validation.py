@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Gain, Gains
-from .checks import check_choice, check_flag, describe, fail
+from .checks import check_choice, check_flag, describe
 from .kernels.configs import MAX_HEAD_DIM
 from .visibility import Visibility
 
@@ -31,37 +31,30 @@ def check_types(
     """
     for name, x in (("q", q), ("k", k), ("v", v), ("residual", residual)):
         if not isinstance(x, Tensor) and not (x is None and name == "residual"):
-            fail(TypeError, name, "must be a torch.Tensor", type(x).__name__, "Pass a tensor.")
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(x).__name__}. Pass a tensor."
+            )
     check_flag("is_causal", visibility.is_causal)
     q_offset = visibility.q_offset
     if q_offset is not None and (
         isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt))
     ):
-        fail(
-            TypeError,
-            "q_offset",
-            "must be an int or None",
-            describe(q_offset),
-            "Pass the key position of the first query as a Python int; None means S - T.",
+        raise TypeError(
+            f"q_offset must be an int or None, got {describe(q_offset)}. "
+            "Pass the key position of the first query as a Python int; None means S - T."
         )
     for name in ("key_start", "key_end"):
         bound = getattr(visibility, name)
         if bound is not None and not isinstance(bound, Tensor):
-            fail(
-                TypeError,
-                name,
-                "must be a Tensor of shape (B,) or None",
-                describe(bound),
-                "Pass torch.tensor([...], device=q.device) with one key index per batch entry.",
+            raise TypeError(
+                f"{name} must be a Tensor of shape (B,) or None, got {describe(bound)}. "
+                "Pass torch.tensor([...], device=q.device) with one key index per batch entry."
             )
     attn_mask = visibility.attn_mask
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
-        fail(
-            TypeError,
-            "attn_mask",
-            "must be a bool Tensor or None",
-            type(attn_mask).__name__,
-            "Pass a tensor that is True where a query sees a key.",
+        raise TypeError(
+            f"attn_mask must be a bool Tensor or None, got {type(attn_mask).__name__}. "
+            "Pass a tensor that is True where a query sees a key."
         )
     return Gains(
         *(
@@ -79,28 +72,20 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> N
         if x is None:
             continue
         if x.layout != torch.strided or x.is_nested:
-            fail(
-                TypeError,
-                name,
-                "must be a dense (strided) tensor",
-                "a nested tensor" if x.is_nested else x.layout,
-                "Pad it to a dense tensor and give key_start and key_end.",
+            raise TypeError(
+                f"{name} must be a dense (strided) tensor, got "
+                f"{'a nested tensor' if x.is_nested else x.layout}. "
+                "Pad it to a dense tensor and give key_start and key_end."
             )
         if x.dtype not in INPUT_DTYPES:
-            fail(
-                TypeError,
-                name,
-                "must be float16, bfloat16, float32 or float64",
-                x.dtype,
-                f"Convert it, for example with {name}.to(torch.float32).",
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}. "
+                f"Convert it, for example with {name}.to(torch.float32)."
             )
         if x.ndim != 4:
-            fail(
-                ValueError,
-                name,
-                f"must have the 4 dimensions {_LAYOUT[name]}",
-                f"shape {_shape(x)}",
-                "Add or merge dimensions; a single sequence of one head is (1, 1, T, D).",
+            raise ValueError(
+                f"{name} must have the 4 dimensions {_LAYOUT[name]}, got shape {_shape(x)}. "
+                "Add or merge dimensions; a single sequence of one head is (1, 1, T, D)."
             )
 
 
@@ -151,72 +136,48 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> No
         ("v", v, 3, "channel (Dv)"),
     ):
         if x.shape[axis] < 1:
-            fail(
-                ValueError,
-                name,
-                f"must have at least one {what}",
-                f"shape {_shape(x)}",
-                "Only the batch size, T and S may be 0.",
+            raise ValueError(
+                f"{name} must have at least one {what}, got shape {_shape(x)}. "
+                "Only the batch size, T and S may be 0."
             )
     if k.shape[0] != batch or v.shape[0] != batch:
-        fail(
-            ValueError,
-            "k and v",
-            f"must have the batch size of q, {batch}",
-            f"shapes {_shape(k)} and {_shape(v)}",
-            "Expand them to it; the batch dimension does not broadcast.",
+        raise ValueError(
+            f"k and v must have the batch size of q, {batch}, got shapes {_shape(k)} and "
+            f"{_shape(v)}. Expand them to it; the batch dimension does not broadcast."
         )
     if v.shape[1] != kv_heads or v.shape[2] != keys:
-        fail(
-            ValueError,
-            "v",
-            f"must have the heads and keys of k, (B, {kv_heads}, {keys}, Dv)",
-            f"shape {_shape(v)}",
-            "Give each key exactly one value per head.",
+        raise ValueError(
+            f"v must have the heads and keys of k, (B, {kv_heads}, {keys}, Dv), got shape "
+            f"{_shape(v)}. Give each key exactly one value per head."
         )
     if k.shape[3] != head_dim:
-        fail(
-            ValueError,
-            "k",
-            f"must have the head dimension of q, {head_dim}",
-            f"shape {_shape(k)}",
-            "Project q and k to the same head dimension.",
+        raise ValueError(
+            f"k must have the head dimension of q, {head_dim}, got shape {_shape(k)}. "
+            "Project q and k to the same head dimension."
         )
     if heads % kv_heads != 0:
-        fail(
-            ValueError,
-            "k",
-            f"must have a number of heads that divides that of q, {heads}",
-            f"{kv_heads} heads",
-            "Use as many key-value heads as query heads, or a divisor of it (grouped-query heads).",
+        raise ValueError(
+            f"k must have a number of heads that divides that of q, {heads}, got {kv_heads} heads. "
+            "Use as many key-value heads as query heads, or a divisor of it (grouped-query heads)."
         )
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            fail(
-                TypeError,
-                name,
-                f"must have the dtype of q, {q.dtype}",
-                x.dtype,
-                f"Convert it with {name}.to(q.dtype), or run under torch.autocast.",
+            raise TypeError(
+                f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}. "
+                f"Convert it with {name}.to(q.dtype), or run under torch.autocast."
             )
         _check_device(name, x, q)
     if residual is None:
         return
     if tuple(residual.shape) != (batch, heads, queries, value_dim):
-        fail(
-            ValueError,
-            "residual",
-            f"must have the shape of the output, ({batch}, {heads}, {queries}, {value_dim})",
-            f"shape {_shape(residual)}",
-            "Reshape or expand it to (B, H, T, Dv).",
+        raise ValueError(
+            f"residual must have the shape of the output, ({batch}, {heads}, {queries}, "
+            f"{value_dim}), got shape {_shape(residual)}. Reshape or expand it to (B, H, T, Dv)."
         )
     if torch.promote_types(q.dtype, residual.dtype) != residual.dtype:
-        fail(
-            TypeError,
-            "residual",
-            f"must have the dtype of q, {q.dtype}, or one that holds all its values",
-            residual.dtype,
-            "Convert it with residual.to(q.dtype) or residual.float().",
+        raise TypeError(
+            f"residual must have the dtype of q, {q.dtype}, or one that holds all its values, got "
+            f"{residual.dtype}. Convert it with residual.to(q.dtype) or residual.float()."
         )
     _check_device("residual", residual, q)
 
@@ -226,24 +187,18 @@ def check_gain(name: str, gain: Gain, q: Tensor) -> None:
     if not isinstance(gain, Tensor):
         # Not math.isfinite, which torch.compile cannot trace for a float that varies between calls.
         if not -math.inf < gain < math.inf:
-            fail(ValueError, name, "must be finite", gain, "Pass a finite number.")
+            raise ValueError(f"{name} must be finite, got {gain}. Pass a finite number.")
         return
     heads = q.shape[1]
     if not gain.is_floating_point():
-        fail(
-            TypeError,
-            name,
-            "as a Tensor must have a floating dtype",
-            gain.dtype,
-            f"Convert it with {name}.float().",
+        raise TypeError(
+            f"{name} as a Tensor must have a floating dtype, got {gain.dtype}. "
+            f"Convert it with {name}.float()."
         )
     if gain.ndim > 1 or (gain.ndim == 1 and gain.shape[0] != heads):
-        fail(
-            ValueError,
-            name,
-            f"as a Tensor must have shape () or (H,) = ({heads},)",
-            f"shape {_shape(gain)}",
-            "Give one value, or one value per query head.",
+        raise ValueError(
+            f"{name} as a Tensor must have shape () or (H,) = ({heads},), got shape "
+            f"{_shape(gain)}. Give one value, or one value per query head."
         )
     _check_device(name, gain, q)
 
@@ -251,12 +206,9 @@ def check_gain(name: str, gain: Gain, q: Tensor) -> None:
 def _as_float(name: str, gain: object) -> float:
     # bool is an int to Python; here it is a mistake, such as an argument in the wrong place.
     if isinstance(gain, bool) or not isinstance(gain, (float, int, Real)):
-        fail(
-            TypeError,
-            name,
-            "must be a number or a Tensor of shape () or (H,)",
-            describe(gain),
-            "Pass a float, or a Tensor to learn it.",
+        raise TypeError(
+            f"{name} must be a number or a Tensor of shape () or (H,), got {describe(gain)}. "
+            "Pass a float, or a Tensor to learn it."
         )
     return float(gain)
 
@@ -264,12 +216,9 @@ def _as_float(name: str, gain: object) -> float:
 def check_residual_gain(skip_gain: Gain, residual: Tensor | None) -> None:
     """Check that a skip gain has a residual to act on."""
     if residual is None and (isinstance(skip_gain, Tensor) or skip_gain != 1.0):
-        fail(
-            ValueError,
-            "skip_gain",
-            "acts on residual, which is None, so it must keep its default 1.0",
-            describe(skip_gain),
-            "Pass residual, or leave skip_gain out.",
+        raise ValueError(
+            "skip_gain acts on residual, which is None, so it must keep its default 1.0, got "
+            f"{describe(skip_gain)}. Pass residual, or leave skip_gain out."
         )
 
 
@@ -281,13 +230,11 @@ def check_identity(identity_gain: Gain, q: Tensor, k: Tensor, q_offset: int) -> 
     if queries == 0:
         return
     if q_offset < 0 or q_offset + queries > keys:
-        fail(
-            ValueError,
-            "identity_gain",
-            "other than 0.0 needs a key at the position of every query, "
-            f"0 <= q_offset + i < S = {keys} for i < T = {queries}",
-            f"{describe(identity_gain)} with queries at {q_offset} to {q_offset + queries - 1}",
-            "Set identity_gain=0.0, or choose q_offset between 0 and S - T.",
+        raise ValueError(
+            "identity_gain other than 0.0 needs a key at the position of every query, 0 <= "
+            f"q_offset + i < S = {keys} for i < T = {queries}, got {describe(identity_gain)} with "
+            f"queries at {q_offset} to {q_offset + queries - 1}. "
+            "Set identity_gain=0.0, or choose q_offset between 0 and S - T."
         )
 
 
@@ -296,20 +243,14 @@ def check_key_range(name: str, bound: Tensor | None, q: Tensor) -> None:
     if bound is None:
         return
     if bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool:
-        fail(
-            TypeError,
-            name,
-            "must have an integer dtype",
-            bound.dtype,
-            f"Convert it with {name}.to(torch.int32); a bool mask of keys goes to attn_mask.",
+        raise TypeError(
+            f"{name} must have an integer dtype, got {bound.dtype}. "
+            f"Convert it with {name}.to(torch.int32); a bool mask of keys goes to attn_mask."
         )
     if bound.ndim != 1 or bound.shape[0] != q.shape[0]:
-        fail(
-            ValueError,
-            name,
-            f"must have shape (B,) = ({q.shape[0]},)",
-            f"shape {_shape(bound)}",
-            "Give one key index per batch entry.",
+        raise ValueError(
+            f"{name} must have shape (B,) = ({q.shape[0]},), got shape {_shape(bound)}. "
+            "Give one key index per batch entry."
         )
     _check_device(name, bound, q)
 
@@ -319,16 +260,14 @@ def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> None:
     if attn_mask is None:
         return
     if attn_mask.dtype != torch.bool:
-        fail(
-            TypeError,
-            "attn_mask",
-            "must have dtype torch.bool, True where a query sees a key",
-            attn_mask.dtype,
+        raise TypeError(
+            "attn_mask must have dtype torch.bool, True where a query sees a key, got "
+            f"{attn_mask.dtype}. "
             "Convert a mask of 0 and 1 with attn_mask.bool(), and one that holds nothing but 0 and "
             "-inf with attn_mask == 0. An additive bias b is no mask but the log of a prior: pass "
             "prior=b - b.logsumexp(-1, keepdim=True), with b -inf at the keys that a query does "
             "not see and broadcastable to (H, T, S). The softmax is then that of the logits plus "
-            "b, and the centre has the weights softmax(b) in place of a mean.",
+            "b, and the centre has the weights softmax(b) in place of a mean."
         )
     batch, heads, queries, _ = q.shape
     target = (batch, heads, queries, k.shape[2])
@@ -338,12 +277,10 @@ def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> None:
         for size, wanted in zip(reversed(shape), reversed(target), strict=False)
     )
     if not fits:
-        fail(
-            ValueError,
-            "attn_mask",
-            f"must broadcast to (B, H, T, S) = {_sizes(target)}",
-            f"shape {_shape(attn_mask)}",
-            "Add dimensions of size 1; a mask of keys per batch entry is mask[:, None, None, :].",
+        raise ValueError(
+            f"attn_mask must broadcast to (B, H, T, S) = {_sizes(target)}, got shape "
+            f"{_shape(attn_mask)}. "
+            "Add dimensions of size 1; a mask of keys per batch entry is mask[:, None, None, :]."
         )
     _check_device("attn_mask", attn_mask, q)
 
@@ -355,13 +292,10 @@ def resolve_impl(impl: str, q: Tensor) -> str:
     if impl == "auto":
         impl = "triton" if device == "cuda" else "torch"
     if impl == "triton" and device != "cuda" and not is_interpreted():
-        fail(
-            ValueError,
-            "impl",
-            "'triton' needs tensors on a GPU",
-            f"q on {q.device}",
+        raise ValueError(
+            f"impl 'triton' needs tensors on a GPU, got q on {q.device}. "
             "Move the tensors to a GPU, pass impl='torch', or set TRITON_INTERPRET=1 before the "
-            "first import of shaped_attn.kernels to run the kernels in Triton's interpreter.",
+            "first import of shaped_attn.kernels to run the kernels in Triton's interpreter."
         )
     return impl
 
@@ -370,22 +304,16 @@ def check_kernel_limits(q: Tensor, v: Tensor, residual: Tensor | None) -> None:
     """Check that the Triton kernels take these dtypes and head dimensions."""
     for name, x in (("q", q), ("residual", residual)):
         if x is not None and x.dtype == torch.float64:
-            fail(
-                TypeError,
-                name,
-                "must be float16, bfloat16 or float32 for impl='triton', the default on a GPU",
-                x.dtype,
-                f"Convert it with {name}.float(), or pass impl='torch'.",
+            raise TypeError(
+                f"{name} must be float16, bfloat16 or float32 for impl='triton', the default on a "
+                f"GPU, got {x.dtype}. Convert it with {name}.float(), or pass impl='torch'."
             )
     for name, x, size in (("q", q, "D"), ("v", v, "Dv")):
         if x.shape[3] > MAX_HEAD_DIM:
-            fail(
-                ValueError,
-                name,
-                f"must have a head dimension {size} of at most {MAX_HEAD_DIM} for impl='triton', "
-                "the default on a GPU",
-                f"{size} = {x.shape[3]}",
-                "Use more heads, or pass impl='torch'.",
+            raise ValueError(
+                f"{name} must have a head dimension {size} of at most {MAX_HEAD_DIM} for "
+                f"impl='triton', the default on a GPU, got {size} = {x.shape[3]}. "
+                "Use more heads, or pass impl='torch'."
             )
 
 
@@ -408,12 +336,9 @@ def is_interpreted() -> bool:
 
 def _check_device(name: str, x: Tensor, q: Tensor) -> None:
     if x.device != q.device:
-        fail(
-            ValueError,
-            name,
-            f"must be on the device of q, {q.device}",
-            x.device,
-            f"Move it with {name}.to(q.device).",
+        raise ValueError(
+            f"{name} must be on the device of q, {q.device}, got {x.device}. "
+            f"Move it with {name}.to(q.device)."
         )
 
 

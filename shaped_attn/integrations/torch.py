@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from ..arguments import Gain
-from ..checks import check_choice, check_number, fail
+from ..checks import check_choice, check_number
 from ..functional import shaped_attention
 from ..validation import IMPLEMENTATIONS
 
@@ -55,12 +55,10 @@ class ReplacedSdpa:
         """
         for part, original, made in self._replaced:
             if type(part) is not made:
-                fail(
-                    ValueError,
-                    "module",
-                    f"must have its {original.__name__} as replace_sdpa left it",
-                    f"one of class {type(part).__name__} in its place",
-                    "Undo what was done to it later first.",
+                raise ValueError(
+                    f"module must have its {original.__name__} as replace_sdpa left it, got one of "
+                    f"class {type(part).__name__} in its place. "
+                    "Undo what was done to it later first."
                 )
         for part, original, _ in self._replaced:
             part.__class__ = original
@@ -138,7 +136,7 @@ def replace_sdpa(
         ...     out = encoder(torch.randn(2, 10, 64))
     """
     if not isinstance(module, nn.Module):
-        fail(TypeError, "module", "must be an nn.Module", type(module).__name__, "Pass a model.")
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}. Pass a model.")
     mode = _Mode(_Attention.checked(identity_gain, softmax_gain, center_gain, scale, impl))
     made: dict[type[nn.Module], type[nn.Module]] = {}
     classes = {}
@@ -152,12 +150,10 @@ def replace_sdpa(
                 made[kind] = _subclass(kind, mode)
             classes[part] = made[kind]
     if not classes:
-        fail(
-            ValueError,
-            "module",
-            "must have a part that can call F.scaled_dot_product_attention",
-            f"a {type(module).__name__} of torch's other layers alone",
-            "Pass the model that has the attention.",
+        raise ValueError(
+            "module must have a part that can call F.scaled_dot_product_attention, got a "
+            f"{type(module).__name__} of torch's other layers alone. "
+            "Pass the model that has the attention."
         )
     return ReplacedSdpa(module, classes)
 
@@ -184,9 +180,9 @@ def replacing_sdpa(
             model = VisionTransformer(attn_layer=replacing_sdpa(Attention))
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-        fail(TypeError, "kind", "must be a class of nn.Module", repr(kind), "Pass a class.")
+        raise TypeError(f"kind must be a class of nn.Module, got {kind!r}. Pass a class.")
     if issubclass(kind, _Replacing):
-        fail(ValueError, "kind", "must not be replaced already", kind, "Pass the original class.")
+        raise ValueError(f"kind must not be replaced already, got {kind}. Pass the original class.")
     mode = _Mode(_Attention.checked(identity_gain, softmax_gain, center_gain, scale, impl))
     return _subclass(kind, mode)
 
@@ -223,18 +219,19 @@ def _subclass(kind: type[nn.Module], mode: _Mode) -> type[nn.Module]:
 
 def _check_part(name: str, part: nn.Module) -> None:
     if isinstance(part, _Replacing):
-        rule = "must not be inside of a replacement already"
-        fail(ValueError, name, rule, type(part).__name__, "Undo that one first.")
+        raise ValueError(
+            f"{name} must not be inside of a replacement already, got {type(part).__name__}. "
+            "Undo that one first."
+        )
     if isinstance(part, torch.jit.ScriptModule):
-        rule = "must not be TorchScript, whose calls cannot be replaced"
-        fail(ValueError, name, rule, type(part).__name__, "Replace before scripting, or do not.")
+        raise ValueError(
+            f"{name} must not be TorchScript, whose calls cannot be replaced, got "
+            f"{type(part).__name__}. Replace before scripting, or do not."
+        )
     if "forward" in vars(part) and not isinstance(part, torch._dynamo.OptimizedModule):
-        fail(
-            ValueError,
-            name,
-            "must have the forward of its class",
-            "one of its own, such as a hook of accelerate puts there",
-            "Replace before that is put there.",
+        raise ValueError(
+            f"{name} must have the forward of its class, got one of its own, such as a hook of "
+            "accelerate puts there. Replace before that is put there."
         )
     _check_fused(name, part)
 
@@ -242,12 +239,10 @@ def _check_part(name: str, part: nn.Module) -> None:
 def _check_fused(name: str, part: nn.Module) -> None:
     # timm's flag: without it a layer multiplies the matrices itself.
     if getattr(part, "fused_attn", None) is False:
-        fail(
-            ValueError,
-            name,
-            "must call F.scaled_dot_product_attention",
-            f"a {type(part).__name__} with fused_attn=False",
-            "Set fused_attn=True on it, or call timm.layers.set_fused_attn() before it is made.",
+        raise ValueError(
+            f"{name} must call F.scaled_dot_product_attention, got a {type(part).__name__} with "
+            "fused_attn=False. "
+            "Set fused_attn=True on it, or call timm.layers.set_fused_attn() before it is made."
         )
 
 
@@ -259,12 +254,10 @@ def _check_recomputation() -> None:
         if frame.f_globals is globals() and code.co_name == "forward":
             return
         if code.co_filename == checkpoint.__code__.co_filename:
-            fail(
-                ValueError,
-                "torch.utils.checkpoint",
-                "must be given a module, where attention is replaced",
-                "a function that calls F.scaled_dot_product_attention",
-                "Checkpoint the module around it, or switch checkpointing off.",
+            raise ValueError(
+                "torch.utils.checkpoint must be given a module, where attention is replaced, got a "
+                "function that calls F.scaled_dot_product_attention. "
+                "Checkpoint the module around it, or switch checkpointing off."
             )
         frame = frame.f_back
 
@@ -289,12 +282,9 @@ class _Mode(TorchFunctionMode):
                     return self.attention(*args, **kwargs)
                 return self.attention.multi_head(*args, **kwargs)
         if func in _FUSED:
-            fail(
-                ValueError,
-                "module",
-                "must not call torch's fused layers, which cannot be shaped",
-                func.__name__,
-                "Use nn.MultiheadAttention or F.scaled_dot_product_attention.",
+            raise ValueError(
+                "module must not call torch's fused layers, which cannot be shaped, got "
+                f"{func.__name__}. Use nn.MultiheadAttention or F.scaled_dot_product_attention."
             )
         name = getattr(func, "__name__", "")
         if name in _TENSOR_METHODS and func is getattr(Tensor, name):
@@ -347,8 +337,7 @@ class _Attention:
         enable_gqa: bool = False,
     ) -> Tensor:
         if is_causal and attn_mask is not None:
-            got = "both"
-            fail(ValueError, "attn_mask", "must be None for is_causal=True", got, "Leave one out.")
+            raise ValueError("attn_mask must be None for is_causal=True, got both. Leave one out.")
         self._check_heads(query)
         self._check_identity(query, key)
         if not enable_gqa:
@@ -379,12 +368,9 @@ class _Attention:
         """Take the place of ``F.multi_head_attention_forward``."""
         given = dict(zip(_MULTI_HEAD_NAMES, args, strict=False)) | kwargs
         if given.get("need_weights", True):
-            fail(
-                ValueError,
-                "need_weights",
-                "must be False: the weights of shaped attention are not computed",
-                True,
-                "Call the attention with need_weights=False.",
+            raise ValueError(
+                "need_weights must be False: the weights of shaped attention are not computed, got "
+                "True. Call the attention with need_weights=False."
             )
         return self.multi_head_function(*args, **kwargs)
 
@@ -393,12 +379,10 @@ class _Attention:
     ) -> None:
         """Check what only the arguments of an ``nn.MultiheadAttention`` tell."""
         if self._has_identity() and query is not key:
-            fail(
-                ValueError,
-                "identity_gain",
-                "must be 0 for cross-attention, which has no key at the position of a query",
-                f"{self.identity_gain} and a query that is not the key",
-                "Pass identity_gain=0, or replace the modules with self-attention alone.",
+            raise ValueError(
+                "identity_gain must be 0 for cross-attention, which has no key at the position of "
+                f"a query, got {self.identity_gain} and a query that is not the key. "
+                "Pass identity_gain=0, or replace the modules with self-attention alone."
             )
 
     def _has_identity(self) -> bool:
@@ -409,23 +393,19 @@ class _Attention:
         if query.ndim >= 4:
             return
         if self.scale == "width" or any(isinstance(x, Tensor) and x.ndim > 0 for x in gains):
-            fail(
-                ValueError,
-                "query",
-                'must have shape (..., H, T, D) for scale="width" and gains per head',
-                f"shape {tuple(query.shape)}",
-                'Pass scale="standard" or a number, and gains that all heads share.',
+            raise ValueError(
+                'query must have shape (..., H, T, D) for scale="width" and gains per head, got '
+                f"shape {tuple(query.shape)}. "
+                'Pass scale="standard" or a number, and gains that all heads share.'
             )
 
     def _check_identity(self, query: Tensor, key: Tensor) -> None:
         if self._has_identity() and query.shape[-2] != key.shape[-2]:
-            fail(
-                ValueError,
-                "identity_gain",
-                "must be 0 where queries and keys are not the same tokens",
-                f"{self.identity_gain}, with {query.shape[-2]} queries and {key.shape[-2]} keys",
+            raise ValueError(
+                "identity_gain must be 0 where queries and keys are not the same tokens, got "
+                f"{self.identity_gain}, with {query.shape[-2]} queries and {key.shape[-2]} keys. "
                 "Pass identity_gain=0, or replace the modules with self-attention alone; call a "
-                "model with a key-value cache without it.",
+                "model with a key-value cache without it."
             )
 
     def _scale(self, query: Tensor, asked: float | None) -> float:

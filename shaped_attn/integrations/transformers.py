@@ -32,7 +32,7 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from ..arguments import Gains, is_zero
-from ..checks import check_choice, check_flag, check_number, fail
+from ..checks import check_choice, check_flag, check_number
 from ..functional import is_autocast, shaped_attention
 from ..nn.gains import GAIN_NAMES, ShapingGains, check_head_gain
 from ..ops import attention_from_gains
@@ -142,21 +142,16 @@ def apply_shaped_attention(
         identity_gain, softmax_gain, center_gain, scale, trainable_gains, annealable
     )
     if trainable_gains and not torch.is_grad_enabled():
-        fail(
-            ValueError,
-            "trainable_gains",
-            "must be False where autograd is off",
-            "True under torch.no_grad() or torch.inference_mode()",
-            "Call apply_shaped_attention outside of it.",
+        raise ValueError(
+            "trainable_gains must be False where autograd is off, got True under torch.no_grad() "
+            "or torch.inference_mode(). Call apply_shaped_attention outside of it."
         )
     for path, module in model.named_modules():
         if isinstance(module, ShapedGains) and module.gain_scheme != "fixed":
-            fail(
-                ValueError,
-                "model",
-                "must not have gains that training or annealing moves",
-                f"{type(model).__name__} with {path}",
-                "Start again from the original model: a second call would lose their values.",
+            raise ValueError(
+                "model must not have gains that training or annealing moves, got "
+                f"{type(model).__name__} with {path}. "
+                "Start again from the original model: a second call would lose their values."
             )
     _check_model(model, choice)
     for part in model.modules():
@@ -196,12 +191,9 @@ def configure_shaped_attention(
             when it is built.
     """
     if not isinstance(config, PreTrainedConfig):
-        fail(
-            TypeError,
-            "config",
-            "must be a transformers.PreTrainedConfig",
-            type(config).__name__,
-            "For a model that exists, call apply_shaped_attention.",
+        raise TypeError(
+            f"config must be a transformers.PreTrainedConfig, got {type(config).__name__}. "
+            "For a model that exists, call apply_shaped_attention."
         )
     choice = check_choices(
         identity_gain, softmax_gain, center_gain, scale, trainable_gains, annealable
@@ -234,12 +226,9 @@ def remove_shaped_attention(model: PreTrainedModel) -> PreTrainedModel:
         path: module for path, module in model.named_modules() if isinstance(module, ShapedGains)
     }
     if not found:
-        fail(
-            ValueError,
-            "model",
-            "must have shaped attention",
-            f"a {type(model).__name__} without it",
-            "There is nothing to remove.",
+        raise ValueError(
+            f"model must have shaped attention, got a {type(model).__name__} without it. "
+            "There is nothing to remove."
         )
     plain = dict(zip(GAIN_NAMES, (0.0, 1.0, 0.0), strict=True))
     for path, gains in found.items():
@@ -247,12 +236,10 @@ def remove_shaped_attention(model: PreTrainedModel) -> PreTrainedModel:
             bool((torch.as_tensor(gain) == plain[name]).all()) for name, gain in gains().items()
         )
         if not is_plain:
-            fail(
-                ValueError,
-                "model",
-                'must have identity_gain 0, softmax_gain 1, center_gain 0 and scale "standard"',
-                f"{path}: {gains}",
-                "Train it there first: apply with annealable=True and call anneal_gains.",
+            raise ValueError(
+                "model must have identity_gain 0, softmax_gain 1, center_gain 0 and scale "
+                f'"standard", got {path}: {gains}. '
+                "Train it there first: apply with annealable=True and call anneal_gains."
             )
     for path in found:
         delattr(model.get_submodule(path.rpartition(".")[0]), GAINS)
@@ -281,12 +268,9 @@ def check_choices(
     check_flag("trainable_gains", trainable_gains)
     check_flag("annealable", annealable)
     if trainable_gains and annealable:
-        fail(
-            ValueError,
-            "annealable",
-            "must be False with trainable_gains",
-            "True",
-            "Choose one: gains move by training or by a schedule.",
+        raise ValueError(
+            "annealable must be False with trainable_gains, got True. "
+            "Choose one: gains move by training or by a schedule."
         )
     choice = {}
     for name, gain in zip(GAIN_NAMES, (identity_gain, softmax_gain, center_gain), strict=True):
@@ -449,21 +433,16 @@ def shaped_attention_forward(
     """
     gains = getattr(module, GAINS, None)
     if gains is None:
-        fail(
-            ValueError,
-            f'attn_implementation="{ATTENTION}"',
-            "must be chosen with apply_shaped_attention or configure_shaped_attention",
-            f"a {type(module).__name__} without gains",
-            "Call apply_shaped_attention on the whole model.",
+        raise ValueError(
+            f'attn_implementation="{ATTENTION}" must be chosen with apply_shaped_attention or '
+            f"configure_shaped_attention, got a {type(module).__name__} without gains. "
+            "Call apply_shaped_attention on the whole model."
         )
     _check_arguments(module, dropout, kwargs)
     if query.shape[1] != gains.heads:
-        fail(
-            ValueError,
-            "query",
-            f"of {type(module).__name__} must have all {gains.heads} heads",
-            query.shape[1],
-            "Tensor parallelism is not supported: use data parallelism or FSDP.",
+        raise ValueError(
+            f"query of {type(module).__name__} must have all {gains.heads} heads, got "
+            f"{query.shape[1]}. Tensor parallelism is not supported: use data parallelism or FSDP."
         )
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     options = gains()
@@ -485,24 +464,20 @@ def shaped_attention_forward(
     elif attention_mask.dtype == torch.int8:
         options["attn_mask"] = (attention_mask & 1).bool()
     else:
-        fail(
-            TypeError,
-            "attention_mask",
-            f"of {type(module).__name__} must be bool if it has 4 dimensions",
-            attention_mask.dtype,
+        raise TypeError(
+            f"attention_mask of {type(module).__name__} must be bool if it has 4 dimensions, got "
+            f"{attention_mask.dtype}. "
             "Pass a mask that is True where a query sees a key, or a 2-D mask of padding. An "
-            "additive mask, or a model that adds a bias to its logits, cannot be shaped.",
+            "additive mask, or a model that adds a bias to its logits, cannot be shaped."
         )
     if not is_zero(options["identity_gain"]) and key.shape[2] != queries:
         is_marked = attention_mask is not None and attention_mask.dtype == torch.int8
         if not is_causal and not is_marked:
-            fail(
-                ValueError,
-                "identity_gain",
-                f"must be 0.0 in cross-attention, where a query is no key ({type(module).__name__}"
-                f" with {queries} queries and {key.shape[2]} keys)",
-                options["identity_gain"],
-                "Apply with identity_gain=0.0, or to a model without cross-attention.",
+            raise ValueError(
+                "identity_gain must be 0.0 in cross-attention, where a query is no key "
+                f"({type(module).__name__} with {queries} queries and {key.shape[2]} keys), got "
+                f"{options['identity_gain']}. "
+                "Apply with identity_gain=0.0, or to a model without cross-attention."
             )
         if "attn_mask" in options:
             # The operator knows one distance of queries and keys per call, a mask one per row.
@@ -558,12 +533,9 @@ def _scale(
         return None if scale == "width" else scale
     if scaling == 1.0 and own == head_dim**-0.5:  # the queries are scaled already
         return (query.shape[1] ** -0.5 if scale == "width" else scale * head_dim) / own / head_dim
-    fail(
-        ValueError,
-        "scale",
-        f'must be "standard" for {type(module).__name__}, which scales its queries in its own way',
-        repr(scale),
-        'Apply with scale="standard".',
+    raise ValueError(
+        f'scale must be "standard" for {type(module).__name__}, which scales its queries in its '
+        f'own way, got {scale!r}. Apply with scale="standard".'
     )
 
 
@@ -578,45 +550,34 @@ def _check_cache(
     is_static = isinstance(q_offset, Tensor) or (is_causal and q_offset == 0)
     needed = int(q_offset) - kv_offset + queries
     if is_static and needed > keys:
-        fail(
-            ValueError,
-            "cache",
-            f"must have room for all tokens, {needed}",
-            f"a length of {keys}",
-            "Build the StaticCache with a larger max_cache_len, or use a DynamicCache.",
+        raise ValueError(
+            f"cache must have room for all tokens, {needed}, got a length of {keys}. "
+            "Build the StaticCache with a larger max_cache_len, or use a DynamicCache."
         )
 
 
 def _check_arguments(module: nn.Module, dropout: float, kwargs: dict) -> None:
     if dropout != 0.0:
-        fail(
-            ValueError,
-            "dropout",
-            f"of the attention weights must be 0 ({type(module).__name__})",
-            dropout,
+        raise ValueError(
+            f"dropout of the attention weights must be 0 ({type(module).__name__}), got {dropout}. "
             "Build the model with it set to 0 in the config (attention_dropout, attn_pdrop or "
-            "attention_probs_dropout_prob), or call model.eval().",
+            "attention_probs_dropout_prob), or call model.eval()."
         )
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
-            fail(
-                ValueError,
-                "model",
-                "must not ask for what shaped attention cannot do",
-                f"{type(module).__name__}, which {what} ({name})",
-                "Use another model, build it without that, or apply to a part of it that has none.",
+            raise ValueError(
+                "model must not ask for what shaped attention cannot do, got "
+                f"{type(module).__name__}, which {what} ({name}). "
+                "Use another model, build it without that, or apply to a part of it that has none."
             )
     if kwargs.get("output_attentions"):
         _fail_output_attentions()
 
 
 def _fail_output_attentions() -> None:
-    fail(
-        ValueError,
-        "output_attentions",
-        "must be False: shaped attention has no T x S matrix to return",
-        "True",
-        "Leave it out, or use shaped_attn.nn.ShapedAttention.attention_matrix.",
+    raise ValueError(
+        "output_attentions must be False: shaped attention has no T x S matrix to return, got "
+        "True. Leave it out, or use shaped_attn.nn.ShapedAttention.attention_matrix."
     )
 
 
@@ -626,12 +587,10 @@ def _fail_output_attentions() -> None:
 def _check_forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook: without it a model would be plain, or return no attention weights."""
     if hasattr(model.config, ATTENTION) and model.config._attn_implementation != ATTENTION:
-        fail(
-            ValueError,
-            "attn_implementation",
-            f'must stay "{ATTENTION}" while {type(model).__name__} has shaped attention',
-            repr(model.config._attn_implementation),
-            "Set it back with model.set_attn_implementation, or call remove_shaped_attention.",
+        raise ValueError(
+            f'attn_implementation must stay "{ATTENTION}" while {type(model).__name__} has shaped '
+            f"attention, got {model.config._attn_implementation!r}. "
+            "Set it back with model.set_attn_implementation, or call remove_shaped_attention."
         )
     if kwargs.get("output_attentions"):
         _fail_output_attentions()
@@ -639,12 +598,9 @@ def _check_forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def _check_type(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
-        fail(
-            TypeError,
-            "model",
-            "must be a transformers.PreTrainedModel",
-            type(model).__name__,
-            "Pass the model itself, not its name, its config or a wrapper of it.",
+        raise TypeError(
+            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}. "
+            "Pass the model itself, not its name, its config or a wrapper of it."
         )
 
 
@@ -704,12 +660,10 @@ def _check_model(model: PreTrainedModel, choice: dict) -> None:
         if _is_other_attention(module):
             _refuse(model, path, module, "does not use transformers.AttentionInterface")
     if not modules:
-        fail(
-            ValueError,
-            "model",
-            "must have attention that goes through transformers.AttentionInterface",
-            f"{type(model).__name__} without any",
-            "Use another model, or build one from shaped_attn.nn.",
+        raise ValueError(
+            "model must have attention that goes through transformers.AttentionInterface, got "
+            f"{type(model).__name__} without any. "
+            "Use another model, or build one from shaped_attn.nn."
         )
     for path, module in modules.items():
         heads = _heads(module, model)
@@ -723,23 +677,19 @@ def _check_model(model: PreTrainedModel, choice: dict) -> None:
             _refuse(model, path, module, REFUSED["position_bias"])
         is_identity_free = choice["identity_gain"] == 0.0 and not choice["trainable_gains"]
         if not is_identity_free and _is_cross(path, module):
-            fail(
-                ValueError,
-                "identity_gain",
-                f"must be 0.0 and not trained in {type(model).__name__}, whose {path} "
-                f"({type(module).__name__}) is cross-attention, where a query is no key",
-                choice["identity_gain"],
-                "Pass identity_gain=0.0, or shape a model without cross-attention.",
+            raise ValueError(
+                f"identity_gain must be 0.0 and not trained in {type(model).__name__}, whose "
+                f"{path} ({type(module).__name__}) is cross-attention, where a query is no key, "
+                f"got {choice['identity_gain']}. "
+                "Pass identity_gain=0.0, or shape a model without cross-attention."
             )
 
 
 def _refuse(model: nn.Module, path: str, module: nn.Module, what: str) -> None:
-    fail(
-        ValueError,
-        "model",
-        "must have no attention that shaped attention cannot compute",
-        f"{type(model).__name__}, whose {path} ({type(module).__name__}) {what}",
-        "Use another model, build it without that, or apply to a part of it that has none.",
+    raise ValueError(
+        "model must have no attention that shaped attention cannot compute, got "
+        f"{type(model).__name__}, whose {path} ({type(module).__name__}) {what}. "
+        "Use another model, build it without that, or apply to a part of it that has none."
     )
 
 
@@ -772,12 +722,10 @@ def _heads(module: nn.Module, model: PreTrainedModel) -> int:
             heads = getattr(source, name, None)
             if isinstance(heads, int) and heads > 0:
                 return heads
-    fail(
-        ValueError,
-        "model",
-        f"must have attention modules that tell their number of heads ({', '.join(names)})",
-        f"{type(model).__name__} with a {type(module).__name__} that does not",
-        "Set num_heads on the attention modules.",
+    raise ValueError(
+        f"model must have attention modules that tell their number of heads ({', '.join(names)}), "
+        f"got {type(model).__name__} with a {type(module).__name__} that does not. "
+        "Set num_heads on the attention modules."
     )
 
 
@@ -830,20 +778,16 @@ def _chosen(check_and_adjust: Callable) -> Callable:
     ) -> str:
         if is_init_check and getattr(self.config, ATTENTION, None) is not None:
             if attn_implementation not in (None, ATTENTION):
-                fail(
-                    ValueError,
-                    "attn_implementation",
-                    f'must be "{ATTENTION}" for a config with shaped attention',
-                    repr(attn_implementation),
-                    f"Leave it out, or delete config.{ATTENTION} for a plain model.",
+                raise ValueError(
+                    f'attn_implementation must be "{ATTENTION}" for a config with shaped '
+                    f"attention, got {attn_implementation!r}. "
+                    f"Leave it out, or delete config.{ATTENTION} for a plain model."
                 )
             if not self._can_set_attn_implementation():  # it may know no name but its own
-                fail(
-                    ValueError,
-                    "model",
-                    "must have attention that goes through transformers.AttentionInterface",
-                    f"{type(self).__name__}, which does not use it",
-                    "Use another model, or build one from shaped_attn.nn.",
+                raise ValueError(
+                    "model must have attention that goes through transformers.AttentionInterface, "
+                    f"got {type(self).__name__}, which does not use it. "
+                    "Use another model, or build one from shaped_attn.nn."
                 )
             attn_implementation = ATTENTION
         return check_and_adjust(self, attn_implementation, is_init_check, **kwargs)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_number, check_positive, check_size, fail
+from ..checks import check_number, check_positive, check_size
 
 Activation = Callable[[Tensor], Tensor]
 """A function of numbers, applied to each entry of a Tensor."""
@@ -97,12 +97,9 @@ def tat_slope(nonlinear_layers: int, eta: float = 0.9) -> float:
 
     most = float(end(torch.zeros((), dtype=torch.float64, device="cpu")))
     if eta >= most:
-        fail(
-            ValueError,
-            "eta",
-            f"must be below {most:.4g}, which {layers} layers of ReLU reach",
-            eta,
-            "Take a smaller one, or more nonlinear layers.",
+        raise ValueError(
+            f"eta must be below {most:.4g}, which {layers} layers of ReLU reach, got {eta}. "
+            "Take a smaller one, or more nonlinear layers."
         )
     low, high = 0.0, 1.0
     for _ in range(9):  # 64^9 = 2^54
@@ -157,7 +154,9 @@ def dks_constants(activation: Activation, nonlinear_layers: int, zeta: float = 1
     layers = check_size("nonlinear_layers", nonlinear_layers)
     zeta = check_number("zeta", zeta)
     if zeta <= 1:
-        fail(ValueError, "zeta", "must be above 1", zeta, "The default is 1.5; 1 is a linear net.")
+        raise ValueError(
+            f"zeta must be above 1, got {zeta}. The default is 1.5; 1 is a linear net."
+        )
     excess = math.expm1(math.log(zeta) / layers)  # C'(1) - 1
     x, weights = _hermite_weights()
     k = torch.arange(_TERMS, dtype=torch.float64, device="cpu")
@@ -186,13 +185,10 @@ def dks_constants(activation: Activation, nonlinear_layers: int, zeta: float = 1
         if abs(found.fun).max() < 1e-8:
             break
     else:
-        fail(
-            ValueError,
-            "activation",
-            f"must be one whose correlation map can have the slope {1 + excess:.6g} at 1 while its "
-            "second moment is stationary",
-            activation,
-            "Try another zeta, or a smooth nonlinear activation such as torch.tanh.",
+        raise ValueError(
+            f"activation must be one whose correlation map can have the slope {1 + excess:.6g} at "
+            f"1 while its second moment is stationary, got {activation}. "
+            "Try another zeta, or a smooth nonlinear activation such as torch.tanh."
         )
     scale, shift = math.exp(found.x[0]), float(found.x[1])
     a = _hermite_coefficients(activation, scale * _one(), shift)[0]
@@ -258,13 +254,13 @@ def correlation_map(activation: Activation, correlation: Tensor | float) -> Tens
     _check_activation(activation)
     rho = torch.as_tensor(correlation, dtype=torch.float64, device="cpu")
     if not (rho.abs() <= 1 + _ROUNDING).all():
-        fail(ValueError, "correlation", "must be from -1 to 1", rho, "Divide by the variances.")
+        raise ValueError(f"correlation must be from -1 to 1, got {rho}. Divide by the variances.")
     rho = rho.clamp(-1, 1)
     if (slopes := _slopes(activation)) is not None:
         return _leaky_relu_correlation(slopes[1] / slopes[0], rho)
     a = _hermite_coefficients(activation, _one())
     if not a.any():
-        fail(ValueError, "activation", "must not be 0 everywhere", activation, "Choose another.")
+        raise ValueError(f"activation must not be 0 everywhere, got {activation}. Choose another.")
     return (_product(a, rho.reshape(-1, 1)) / a.square().sum()).reshape(rho.shape)
 
 
@@ -359,13 +355,11 @@ def _hermite_coefficients(activation: Activation, scale: Tensor, shift: float = 
     moment = values.square() @ weights[0]
     lacking = (moment - a.square().sum(-1)).abs()
     if not (lacking <= _TAIL * moment).all():
-        fail(
-            ValueError,
-            "activation",
-            f"must be smooth, such that {_TERMS} Hermite coefficients leave out less than "
-            f"{_TAIL:g} of its second moment",
-            f"{activation}, for which they leave out {float((lacking / moment).max()):.2g}",
-            "Pass a (leaky) ReLU as a module; for others take a kernel with a smaller diagonal.",
+        raise ValueError(
+            f"activation must be smooth, such that {_TERMS} Hermite coefficients leave out less "
+            f"than {_TAIL:g} of its second moment, got {activation}, for which they leave out "
+            f"{float((lacking / moment).max()):.2g}. "
+            "Pass a (leaky) ReLU as a module; for others take a kernel with a smaller diagonal."
         )
     is_needed = (a.square() > torch.finfo(a.dtype).eps ** 2 * moment[:, None]).any(0)
     return a[:, : 1 + int(is_needed.nonzero().max())] if is_needed.any() else a[:, :1]
@@ -385,10 +379,7 @@ def _product(a: Tensor, rho: Tensor) -> Tensor:
 
 def _check_activation(activation: Activation) -> None:
     if not callable(activation):
-        fail(
-            TypeError,
-            "activation",
-            "must be callable",
-            type(activation).__name__,
-            "Pass a function or a module, such as torch.tanh or TailoredLeakyReLU(0.5).",
+        raise TypeError(
+            f"activation must be callable, got {type(activation).__name__}. "
+            "Pass a function or a module, such as torch.tanh or TailoredLeakyReLU(0.5)."
         )

@@ -17,7 +17,6 @@ from ..checks import (
     check_positive,
     check_shape,
     check_size,
-    fail,
 )
 from ..functional import shaped_attention
 from ..priors import ESPA, USPA
@@ -151,20 +150,14 @@ class ShapedAttention(Initialized, nn.Module):
         check_choice("out_proj", out_proj, OUT_PROJECTIONS)
         has_sliced_values = value_proj in ("none", "identity")
         if has_sliced_values and self.kv_heads != heads:
-            fail(
-                ValueError,
-                "kv_heads",
-                f'must be heads, {heads}, for value_proj="{value_proj}"',
-                self.kv_heads,
-                "Leave it out: each head has its own slice of x as values.",
+            raise ValueError(
+                f'kv_heads must be heads, {heads}, for value_proj="{value_proj}", got '
+                f"{self.kv_heads}. Leave it out: each head has its own slice of x as values."
             )
         if prior is not None and not isinstance(prior, ESPA | USPA):
-            fail(
-                TypeError,
-                "prior",
-                "must be an ESPA, a USPA or None",
-                type(prior).__name__,
-                "Call shaped_attention for another prior.",
+            raise TypeError(
+                f"prior must be an ESPA, a USPA or None, got {type(prior).__name__}. "
+                "Call shaped_attention for another prior."
             )
         self.prior = prior
         check_choice("impl", impl, IMPLEMENTATIONS)
@@ -241,12 +234,10 @@ class ShapedAttention(Initialized, nn.Module):
         v = _split(self._values(x), self.kv_heads)
         if cache is not None:
             if not self.is_causal:
-                fail(
-                    ValueError,
-                    "cache",
-                    "needs is_causal=True: what earlier tokens see must not change with later ones",
-                    "an attention without a causal mask",
-                    "Read the whole sequence without a cache, or build a decoder.",
+                raise ValueError(
+                    "cache needs is_causal=True: what earlier tokens see must not change with "
+                    "later ones, got an attention without a causal mask. "
+                    "Read the whole sequence without a cache, or build a decoder."
                 )
             k, v = cache.append(k, v)
         if self.out_proj is None:
@@ -334,12 +325,9 @@ def _resolve_scale(scale: str | float, tau0: float, width: int, head_dim: int) -
     tau0 = check_positive("tau0", tau0)
     if not isinstance(scale, str):
         if tau0 != 1.0:
-            fail(
-                ValueError,
-                "tau0",
-                'must keep its default 1.0 unless scale is "width" or "standard"',
-                tau0,
-                "Divide scale by it, and leave tau0 out.",
+            raise ValueError(
+                'tau0 must keep its default 1.0 unless scale is "width" or "standard", got '
+                f"{tau0}. Divide scale by it, and leave tau0 out."
             )
         return check_number("scale", scale)
     temperatures = {"width": math.sqrt(width * head_dim), "standard": math.sqrt(head_dim)}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flag, check_number, check_shape, check_size, fail
+from ..checks import check_choice, check_flag, check_number, check_shape, check_size
 from ..functional import is_autocast
 from .attention import ShapedAttention
 from .cache import LayerCache
@@ -239,12 +239,9 @@ class ShapedBlock(TransformerBlock):
         check_flag("attention", attention)
         check_flag("mlp", mlp)
         if not attention and not mlp:
-            fail(
-                ValueError,
-                "attention and mlp",
-                "must not both be False",
-                "a block of neither",
-                "Keep one of the two halves.",
+            raise ValueError(
+                "attention and mlp must not both be False, got a block of neither. "
+                "Keep one of the two halves."
             )
         check_choice("norm", norm, NORMS)
         factory = {"device": device, "dtype": dtype}
@@ -339,11 +336,9 @@ def _check_gains(
     skip_gain = check_number("skip_gain", skip_gain)
     total = skip_gain**2 + branch_gain**2
     if preserves_variance and abs(total - 1.0) > VARIANCE_TOLERANCE:
-        fail(
-            ValueError,
-            "skip_gain",
-            f"must satisfy skip_gain^2 + branch_gain^2 = 1 for branch_gain={branch_gain:g}",
-            f"{skip_gain:g}, hence {total:.6g}",
-            "Leave it out for sqrt(1 - branch_gain^2), or pass preserves_variance=False.",
+        raise ValueError(
+            "skip_gain must satisfy skip_gain^2 + branch_gain^2 = 1 for "
+            f"branch_gain={branch_gain:g}, got {skip_gain:g}, hence {total:.6g}. "
+            "Leave it out for sqrt(1 - branch_gain^2), or pass preserves_variance=False."
         )
     return skip_gain, branch_gain

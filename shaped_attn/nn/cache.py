@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_size, fail
+from ..checks import check_size
 
 
 class KeyValueCache:
@@ -67,20 +67,14 @@ class LayerCache:
         cache = self._cache
         start, stop = cache.length, cache.length + k.shape[2]
         if torch.is_grad_enabled():
-            fail(
-                ValueError,
-                "cache",
-                "is written in place and needs torch.no_grad()",
-                "a call with gradients",
-                "Call the model under torch.no_grad(), or without a cache.",
+            raise ValueError(
+                "cache is written in place and needs torch.no_grad(), got a call with gradients. "
+                "Call the model under torch.no_grad(), or without a cache."
             )
         if stop > cache.capacity:
-            fail(
-                ValueError,
-                "cache",
-                f"must have room for {stop} tokens, {start} of them read before",
-                f"capacity {cache.capacity}",
-                "Make it with a larger capacity.",
+            raise ValueError(
+                f"cache must have room for {stop} tokens, {start} of them read before, got "
+                f"capacity {cache.capacity}. Make it with a larger capacity."
             )
         if self._parts is None:
             self._parts = tuple(
@@ -88,20 +82,16 @@ class LayerCache:
             )
         for kept, new in zip(self._parts, (k, v), strict=True):
             if kept.dtype != new.dtype or kept.device != new.device:
-                fail(
-                    TypeError,
-                    "cache",
-                    f"must be of {new.dtype} on {new.device}, which this call computes",
-                    f"{kept.dtype} on {kept.device} from calls before",
-                    "Make a new cache for another dtype, autocast or device.",
+                raise TypeError(
+                    f"cache must be of {new.dtype} on {new.device}, which this call computes, got "
+                    f"{kept.dtype} on {kept.device} from calls before. "
+                    "Make a new cache for another dtype, autocast or device."
                 )
             if (*kept.shape[:2], kept.shape[3]) != (*new.shape[:2], new.shape[3]):
-                fail(
-                    ValueError,
-                    "cache",
-                    f"must be of (B, heads, D) = {(*new.shape[:2], new.shape[3])}, as this call",
-                    f"{(*kept.shape[:2], kept.shape[3])} from calls before",
-                    "Make a new cache for another batch or model.",
+                raise ValueError(
+                    f"cache must be of (B, heads, D) = {(*new.shape[:2], new.shape[3])}, as this "
+                    f"call, got {(*kept.shape[:2], kept.shape[3])} from calls before. "
+                    "Make a new cache for another batch or model."
                 )
             kept[:, :, start:stop] = new
         keys, values = self._parts

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import Gain
-from ..checks import check_choice, check_number, check_size, fail
+from ..checks import check_choice, check_number, check_size
 from .initialization import Initialized, Law, constant
 
 GAIN_NAMES = ("identity_gain", "softmax_gain", "center_gain")
@@ -142,12 +142,10 @@ def anneal_gains(module: nn.Module, fraction: float) -> None:
         if isinstance(part, ShapingGains) and part.gain_scheme == "recover"
     ]
     if not annealed:
-        fail(
-            ValueError,
-            "module",
-            'must contain an attention with gain_scheme="recover"',
-            f"a {type(module).__name__} without one",
-            'Build it with gain_scheme="recover", or do not anneal it.',
+        raise ValueError(
+            'module must contain an attention with gain_scheme="recover", got a '
+            f"{type(module).__name__} without one. "
+            'Build it with gain_scheme="recover", or do not anneal it.'
         )
     for gains in annealed:
         gains.fraction.fill_(fraction)
@@ -160,12 +158,9 @@ def check_head_gain(name: str, gain: float | Sequence[float] | Tensor, heads: in
     if not isinstance(gain, (list, tuple)):
         return check_number(name, gain)
     if len(gain) != heads:
-        fail(
-            ValueError,
-            name,
-            f"must be a number or {heads} numbers, one per head",
-            f"{len(gain)} of them",
-            "Give one number for all heads, or one for each.",
+        raise ValueError(
+            f"{name} must be a number or {heads} numbers, one per head, got {len(gain)} of them. "
+            "Give one number for all heads, or one for each."
         )
     return tuple(check_number(name, value) for value in gain)
 
@@ -173,12 +168,10 @@ def check_head_gain(name: str, gain: float | Sequence[float] | Tensor, heads: in
 def check_learned_gains(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the learned gains, at least one."""
     if isinstance(names, str) or len(names) == 0:
-        fail(
-            ValueError,
-            "learned_gains",
-            f"must be a sequence of at least one of {', '.join(map(repr, GAIN_NAMES))}",
-            repr(names),
-            'Pass for example ("identity_gain", "center_gain"), or gain_scheme="fixed".',
+        raise ValueError(
+            "learned_gains must be a sequence of at least one of "
+            f"{', '.join(map(repr, GAIN_NAMES))}, got {names!r}. "
+            'Pass for example ("identity_gain", "center_gain"), or gain_scheme="fixed".'
         )
     for name in names:
         check_choice("learned_gains", name, GAIN_NAMES)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from ..checks import check_int, check_number, check_positive, check_size, fail
+from ..checks import check_int, check_number, check_positive, check_size
 from .cache import KeyValueCache
 
 
@@ -26,12 +26,10 @@ def pad_left(sequences: Sequence[Tensor], pad_token: int = 0) -> tuple[Tensor, T
         ValueError: there is no sequence, or one has no tokens or more than one dimension.
     """
     if len(sequences) == 0 or any(x.ndim != 1 or len(x) == 0 for x in sequences):
-        fail(
-            ValueError,
-            "sequences",
-            "must be at least one Tensor of shape (T,) with at least one token",
-            f"shapes {[tuple(x.shape) for x in sequences]}",
-            "Leave empty ones out, or begin each with a token of its own.",
+        raise ValueError(
+            "sequences must be at least one Tensor of shape (T,) with at least one token, got "
+            f"shapes {[tuple(x.shape) for x in sequences]}. "
+            "Leave empty ones out, or begin each with a token of its own."
         )
     longest = max(map(len, sequences))
     tokens = sequences[0].new_full((len(sequences), longest), pad_token)
@@ -101,12 +99,9 @@ class GenerationMixin:
         for _ in range(max_new_tokens):
             logits = self(read, cache=cache).logits[:, -1]
             if not logits.isfinite().all():
-                fail(
-                    ValueError,
-                    "model",
-                    "must give finite logits",
-                    f"others for token {cache.length}",
-                    "Look at its weights: training may have diverged.",
+                raise ValueError(
+                    f"model must give finite logits, got others for token {cache.length}. "
+                    "Look at its weights: training may have diverged."
                 )
             new = sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
             if end_token is not None:
@@ -149,44 +144,35 @@ def _check_prompt(
     config: Any, tokens: Tensor, max_new_tokens: int, key_start: Tensor | None
 ) -> None:
     if config.head != "causal_lm":
-        fail(
-            ValueError,
-            "generate",
-            'needs a model with head="causal_lm", which predicts the next token',
-            f"head={config.head!r}",
-            "Build or load one.",
+        raise ValueError(
+            'generate needs a model with head="causal_lm", which predicts the next token, got '
+            f"head={config.head!r}. Build or load one."
         )
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape:
         got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        fail(
-            ValueError,
-            "tokens",
-            "must have shape (B, T) with at least one token to continue",
-            got,
-            "Begin with a token such as a line break; one sequence is tokens[None].",
+        raise ValueError(
+            f"tokens must have shape (B, T) with at least one token to continue, got {got}. "
+            "Begin with a token such as a line break; one sequence is tokens[None]."
         )
     length = tokens.shape[1]
     if config.positions == "learned" and length + max_new_tokens > config.max_length:
-        fail(
-            ValueError,
-            "tokens and max_new_tokens",
-            f'must together be at most max_length = {config.max_length} for positions="learned"',
-            f"{length} + {max_new_tokens}",
-            "Cut the prompt in front, or ask for fewer tokens.",
+        raise ValueError(
+            f"tokens and max_new_tokens must together be at most max_length = {config.max_length} "
+            f'for positions="learned", got {length} + {max_new_tokens}. '
+            "Cut the prompt in front, or ask for fewer tokens."
         )
     if key_start is None:
         return
     if not isinstance(key_start, Tensor) or key_start.shape != tokens.shape[:1]:
         got = tuple(key_start.shape) if isinstance(key_start, Tensor) else type(key_start).__name__
-        rule = f"must be a Tensor of shape (B,) = ({len(tokens)},)"
-        fail(ValueError, "key_start", rule, got, "pad_left returns it.")
+        raise ValueError(
+            f"key_start must be a Tensor of shape (B,) = ({len(tokens)},), got {got}. "
+            "pad_left returns it."
+        )
     if ((key_start < 0) | (key_start >= length)).any():
-        fail(
-            ValueError,
-            "key_start",
-            f"must be from 0 to T - 1 = {length - 1}, which leaves each prompt a token",
-            key_start.tolist(),
-            "pad_left returns it.",
+        raise ValueError(
+            f"key_start must be from 0 to T - 1 = {length - 1}, which leaves each prompt a token, "
+            f"got {key_start.tolist()}. pad_left returns it."
         )
 
 
@@ -200,12 +186,9 @@ def _check_sampling(
     temperature = check_number("temperature", temperature, low=0.0)
     for name, value in (("top_k", top_k), ("top_p", top_p), ("generator", generator)):
         if value is not None and temperature == 0.0:
-            fail(
-                ValueError,
-                name,
-                "has no effect at temperature 0, which takes the most likely token",
-                value,
-                "Leave it out, or pass a temperature such as 1.0.",
+            raise ValueError(
+                f"{name} has no effect at temperature 0, which takes the most likely token, got "
+                f"{value}. Leave it out, or pass a temperature such as 1.0."
             )
     if top_k is not None:
         check_int("top_k", top_k, 1, vocab_size)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..checks import check_choice, check_flag, fail
+from ..checks import check_choice, check_flag
 from ..priors import ESPA, USPA
 from .activations import TailoredLeakyReLU, correlation_map, tat_slope
 from .attention import ShapedAttention
@@ -130,12 +130,9 @@ def resolve_wiring(
         if flag is not None:
             check_flag(name, flag)
     if norm is not None and has_normalization is False:
-        fail(
-            ValueError,
-            "norm",
-            "must be None for has_normalization=False",
-            repr(norm),
-            "Leave one of the two out.",
+        raise ValueError(
+            f"norm must be None for has_normalization=False, got {norm!r}. "
+            "Leave one of the two out."
         )
     if norm is not None:
         has_normalization = True
@@ -146,12 +143,10 @@ def resolve_wiring(
         if has_skip in (None, skip) and has_normalization in (None, normalization)
     ]
     if not fitting:
-        fail(
-            ValueError,
-            "has_skip, has_normalization",
-            f'must be one of {", ".join(map(str, wirings))} for method="{method}"',
-            f"({has_skip}, {has_normalization})",
-            "Leave them out for those of its paper, or choose another method.",
+        raise ValueError(
+            f"has_skip, has_normalization must be one of {', '.join(map(str, wirings))} for "
+            f'method="{method}", got ({has_skip}, {has_normalization}). '
+            "Leave them out for those of its paper, or choose another method."
         )
     has_skip, has_normalization = fitting[0]
     if has_normalization and norm is None:

@@ -16,7 +16,6 @@ from ..checks import (
     check_positive,
     check_shape,
     check_size,
-    fail,
 )
 from .initialization import WEIGHT_LAWS, Initialized, Law, constant
 from .projection import Projection
@@ -188,12 +187,9 @@ class ShapedMLP(MLP):
             "c_minus": check_number("c_minus", c_minus),
         }
         if all(1.0 + c / math.sqrt(width) == 0.0 for c in self.start.values()):
-            fail(
-                ValueError,
-                "c_plus and c_minus",
-                f"must not both be -sqrt(width) = {-math.sqrt(width):g}, which makes every slope 0",
-                f"{c_plus} and {c_minus}",
-                "Change one of them.",
+            raise ValueError(
+                f"c_plus and c_minus must not both be -sqrt(width) = {-math.sqrt(width):g}, which "
+                f"makes every slope 0, got {c_plus} and {c_minus}. Change one of them."
             )
         check_flag("trainable_slopes", trainable_slopes)
         for name, value in self.start.items():
@@ -252,11 +248,9 @@ def _hidden_width(width: int, mlp_ratio: float) -> int:
     hidden = check_positive("mlp_ratio", mlp_ratio) * width
     whole = round(hidden)
     if whole < 1 or abs(hidden - whole) > 1e-6 * hidden:
-        fail(
-            ValueError,
-            "mlp_ratio",
-            f"times width = {width} must be a whole number, the hidden width",
-            f"{mlp_ratio} x {width} = {hidden:g}",
-            f"Pass for example mlp_ratio={max(1, whole)}/{width}.",
+        raise ValueError(
+            f"mlp_ratio times width = {width} must be a whole number, the hidden width, got "
+            f"{mlp_ratio} x {width} = {hidden:g}. "
+            f"Pass for example mlp_ratio={max(1, whole)}/{width}."
         )
     return whole

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import fail
-
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, each (T, head_dim / 2) or broadcastable to (B, heads, T, head_dim / 2)."""
 
@@ -43,12 +41,9 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """
     cos, sin = rotary
     if 2 * cos.shape[-1] != x.shape[-1]:
-        fail(
-            ValueError,
-            "rotary",
-            f"must have half as many angles as the head dimension, {x.shape[-1]}",
-            cos.shape[-1],
-            "Make it with rotary_table(T, head_dim), for an even head dimension.",
+        raise ValueError(
+            f"rotary must have half as many angles as the head dimension, {x.shape[-1]}, got "
+            f"{cos.shape[-1]}. Make it with rotary_table(T, head_dim), for an even head dimension."
         )
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import Gain
-from ..checks import fail
 from ..functional import is_autocast
 from ..validation import check_residual_gain
 from .initialization import Initialized, Law, gaussian
@@ -81,12 +80,10 @@ class Projection(Initialized, nn.Linear):
                 ``skip_gain``; x does not have one entry per network.
         """
         if self.weight.ndim == 3 and (x.ndim < 2 or x.shape[0] != self.weight.shape[0]):
-            fail(
-                ValueError,
-                "x",
-                f"must have shape (networks, ..., in) with networks = {self.weight.shape[0]}",
-                f"shape {tuple(x.shape)}",
-                "Give each network of the stack its own input; expand one that they share.",
+            raise ValueError(
+                f"x must have shape (networks, ..., in) with networks = {self.weight.shape[0]}, "
+                f"got shape {tuple(x.shape)}. "
+                "Give each network of the stack its own input; expand one that they share."
             )
         check_residual_gain(skip_gain, residual)
         if residual is None:
@@ -94,12 +91,9 @@ class Projection(Initialized, nn.Linear):
             return product if _is_one(branch_gain) else product * branch_gain
         shape = (*x.shape[:-1], self.weight.shape[-2])
         if tuple(residual.shape) != tuple(shape):
-            fail(
-                ValueError,
-                "residual",
-                f"must have the shape of the result, {tuple(shape)}",
-                f"shape {tuple(residual.shape)}",
-                "Expand it to that shape.",
+            raise ValueError(
+                f"residual must have the shape of the result, {tuple(shape)}, got shape "
+                f"{tuple(residual.shape)}. Expand it to that shape."
             )
         has_tensor_gain = isinstance(skip_gain, Tensor) or isinstance(branch_gain, Tensor)
         if residual.dtype == x.dtype and not has_tensor_gain and not is_autocast(x):

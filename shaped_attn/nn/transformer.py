@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_shape, fail
+from ..checks import check_shape
 from .block import make_norm, normalize
 from .cache import KeyValueCache
 from .config import ShapedTransformerConfig
@@ -132,12 +132,9 @@ class ShapedTransformer(GenerationMixin, SavingMixin, Initialized, nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(config, ShapedTransformerConfig):
-            fail(
-                TypeError,
-                "config",
-                "must be a ShapedTransformerConfig",
-                type(config).__name__,
-                "Make one, for example with ShapedTransformerConfig.from_dict.",
+            raise TypeError(
+                f"config must be a ShapedTransformerConfig, got {type(config).__name__}. "
+                "Make one, for example with ShapedTransformerConfig.from_dict."
             )
         self.config = config
         factory = {"device": device, "dtype": dtype}
@@ -249,12 +246,9 @@ class ShapedTransformer(GenerationMixin, SavingMixin, Initialized, nn.Module):
             return x
         length, room = start + tokens.shape[1], self.config.max_length
         if length > room:
-            fail(
-                ValueError,
-                "tokens",
-                f'must have a length T of at most max_length = {room} for positions="learned"',
-                length,
-                "Cut them, or raise max_length.",
+            raise ValueError(
+                f"tokens must have a length T of at most max_length = {room} for "
+                f'positions="learned", got {length}. Cut them, or raise max_length.'
             )
         position = torch.arange(start, length, device=tokens.device)
         if key_start is not None:
@@ -289,12 +283,9 @@ class ShapedTransformer(GenerationMixin, SavingMixin, Initialized, nn.Module):
         _check_integers("labels", labels)
         check_shape("labels", labels, tuple(tokens.shape))
         if self.config.head is None:
-            fail(
-                ValueError,
-                "labels",
-                "need a head to be compared with",
-                "a configuration with head=None",
-                "Leave them out, or choose a head.",
+            raise ValueError(
+                "labels need a head to be compared with, got a configuration with head=None. "
+                "Leave them out, or choose a head."
             )
 
     def extra_repr(self) -> str:
@@ -316,13 +307,13 @@ def _check_without_cache(**arguments: Tensor | None) -> None:
                 "key_end": "Put padding in front of the tokens; pad_left does.",
                 "attn_mask": "Read the whole sequences without a cache.",
             }
-            fail(ValueError, name, "must be None beside a cache", "a Tensor", remedies[name])
+            raise ValueError(f"{name} must be None beside a cache, got a Tensor. {remedies[name]}")
 
 
 def _check_integers(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        fail(TypeError, name, "must be a Tensor of integers", got, "Pass a LongTensor.")
+        raise TypeError(f"{name} must be a Tensor of integers, got {got}. Pass a LongTensor.")
 
 
 def _check_ids(name: str, ids: Tensor, size: int, ignored: int | None = None) -> None:
@@ -333,10 +324,7 @@ def _check_ids(name: str, ids: Tensor, size: int, ignored: int | None = None) ->
     if wrong.any():
         besides = "" if ignored is None else f", or {ignored}"
         where = ", ".join(map(str, wrong.nonzero()[0].tolist()))
-        fail(
-            ValueError,
-            name,
-            f"must be from 0 to {size - 1}{besides}",
-            f"{ids[wrong][0]} at ({where})",
-            "Encode the text for this model, or build the model for these ids.",
+        raise ValueError(
+            f"{name} must be from 0 to {size - 1}{besides}, got {ids[wrong][0]} at ({where}). "
+            "Encode the text for this model, or build the model for these ids."
         )
