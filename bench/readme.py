@@ -7,14 +7,18 @@ a device without a result, and every case that it lacks, is `not yet measured`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from shaped_attn import plots, speed
+from shaped_attn import speed
+from shaped_attn.plots import save
+from shaped_attn.plots.speed import plot_speed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("bench/results")
 KINDS = ((64, "causal"), (64, "full"), (128, "causal"), (128, "full"))
 LENGTHS = {"gpu": (512, 1024, 4096, 16384), "cpu": (1024, 2048, 4096)}
+NOT_MEASURED = "not yet measured"
 FIGURE = ".png"  # an SVG has other identifiers every time
 
 
@@ -28,14 +32,14 @@ def section(root: Path, name: str) -> str:
     files = [path for path in results(root) if (path.parent.name == "cpu") == (name == "cpu")]
     kinds = KINDS[:2] if name == "cpu" else KINDS
     if not files:
-        return f"{speed.NOT_MEASURED.capitalize()}."
+        return f"{NOT_MEASURED.capitalize()}."
     parts = []
     for path in files:
         report = speed.load(path)
         figure = path.with_suffix(FIGURE).relative_to(root)
         parts += [
             f"{report.describe()} ([all numbers]({path.relative_to(root)})):",
-            speed.markdown(report, LENGTHS[name], kinds),
+            markdown(report, LENGTHS[name], kinds),
             f"![TFLOP/s over T on {report.device}]({figure})",
         ]
         if report.gates:
@@ -44,10 +48,47 @@ def section(root: Path, name: str) -> str:
     return "\n\n".join(parts)
 
 
+def markdown(
+    report: speed.Report, lengths: Sequence[int], kinds: Sequence[tuple[int, str]]
+) -> str:
+    """Two tables of relative speed over T, for head dimensions and masks; gaps say so.
+
+    The first has forward / backward relative to the fastest plain peer, the second forward and
+    backward together relative to the composition.
+    """
+    entries = {
+        (entry["pass"], *speed.kind_of(entry), entry["length"]): entry
+        for entry in report.attention
+        if speed.is_main(entry)
+    }
+
+    def cell(ratio: str, passes: Sequence[str], kind: tuple[int, str], length: int) -> str:
+        found = [entries.get((which, *kind, length), {}) for which in passes]
+        if not all(ratio in entry for entry in found):
+            return NOT_MEASURED
+        return " / ".join(f"{entry[ratio]:.2f}" for entry in found)
+
+    def table(title: str, ratio: str, passes: Sequence[str]) -> str:
+        head = [title, *(f"T = {length}" for length in lengths)]
+        rows = [
+            [f"D = {kind[0]}, {kind[1]}", *(cell(ratio, passes, kind, t) for t in lengths)]
+            for kind in kinds
+        ]
+        lines = [head, ["---"] * len(head), *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    return "\n\n".join(
+        (
+            table("forward / backward, plain peer = 1", "speed_vs_plain", speed.PASSES[:2]),
+            table("forward + backward, composition = 1", "speed_vs_composition", speed.PASSES[2:]),
+        )
+    )
+
+
 def update(root: Path) -> None:
     """Replace the sections of README.md, and draw the figures."""
     for path in results(root):
-        plots.save(speed.plot(speed.load(path)), path.with_suffix(FIGURE))
+        save(plot_speed(speed.load(path)), path.with_suffix(FIGURE))
     path = root / "README.md"
     text = path.read_text(encoding="utf-8")
     for name in LENGTHS:
