@@ -17,8 +17,8 @@ from cases import SDE_BLOCKS, SDE_PATHS, SDE_STEPS, SDE_TOKENS
 from timing import Step
 from torch import Tensor
 
-from shaped_attn.sde import CovarianceSDE, equicorrelated, moments
-from shaped_attn.sde.limit import EulerMaruyama, LimitChain
+from shaped_attn.sde import CovarianceSDE, equicorrelated
+from shaped_attn.sde.integrators import ChainSimulation, EulerMaruyamaSimulation
 from shaped_attn.sde.paths import EIGENVALUE_RANGE, run
 
 STEPS_PER_TIME = 64
@@ -36,7 +36,7 @@ def symmetric(sigma: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()[:, None, :]
 
 
-class ExplicitCholesky(EulerMaruyama):
+class ExplicitCholesky(EulerMaruyamaSimulation):
     """The scheme with noise from a root of the whole diffusion tensor."""
 
     root = staticmethod(cholesky)
@@ -55,12 +55,7 @@ class ExplicitCholesky(EulerMaruyama):
 
     def sigma(self, v: Tensor) -> Tensor:
         """The upper triangle of dV with itself: `CovarianceSDE.diffusion` without its checks."""
-        limit = self.limit
-        sigma = limit.kappa * moments.linear_diffusion(v)
-        if self.sde.attention:
-            sigma += limit.noise_scale**2 * moments.attention_diffusion(
-                v, limit.rows, limit.squared_gain
-            )
+        sigma = self.limit.diffusion(v)
         i, j = torch.triu_indices(*v.shape[1:], device=v.device)
         return sigma[:, i, j][:, :, i, j]
 
@@ -70,8 +65,8 @@ class ExplicitSymmetric(ExplicitCholesky):
 
 
 SCHEMES = {
-    "chain": LimitChain,
-    "euler_maruyama": EulerMaruyama,
+    "chain": ChainSimulation,
+    "euler_maruyama": EulerMaruyamaSimulation,
     "cholesky": ExplicitCholesky,
     "symmetric": ExplicitSymmetric,
 }
@@ -81,7 +76,7 @@ EXPLICIT = ("cholesky", "symmetric")
 def check(scheme: ExplicitCholesky, v0: Tensor) -> None:
     """Check that the square of the root is the diffusion tensor, to the rounding of its sums."""
     i, j = torch.triu_indices(*v0.shape, device=v0.device)
-    golden = scheme.sde.diffusion(v0)[i, j][:, i, j]
+    golden = scheme.limit.diffusion(v0)[i, j][:, i, j]
     factor = scheme.root(scheme.sigma(v0[None]))[0]
     error = (factor @ factor.mT - golden).norm() / golden.norm()
     # What keeps the Cholesky factor real, and the backward error of a root of this size.
@@ -97,8 +92,9 @@ def test_covariance(block, tokens, benchmark, device, stopwatch, is_compile_only
     sde = CovarianceSDE(**SDE_BLOCKS[block])
     v0 = equicorrelated(tokens, 0.2).to(device)
     generator = torch.Generator(device).manual_seed(0)
+    limit = sde.coefficients(tokens, v0)
     schemes = {
-        name: scheme(sde, v0, 1 / STEPS_PER_TIME, generator) for name, scheme in SCHEMES.items()
+        name: scheme(limit, v0, 1 / STEPS_PER_TIME, generator) for name, scheme in SCHEMES.items()
     }
     for name in EXPLICIT:
         check(schemes[name], v0)

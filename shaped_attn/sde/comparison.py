@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..checks import check_number, fail
-from .sample import LEVELS, CovarianceSample, Estimate, quantile, quantile_error
+from .sample import LEVELS, CovarianceSample, Estimate, plain, quantile, quantile_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,19 +130,14 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; numbers that JSON lacks (NaN, infinity) become strings."""
-        found = asdict(self)
+        found = plain(self)
         for name, statistic in self.statistics.items():
-            found["statistics"][name].update(ratio=statistic.ratio, agrees=statistic.agrees)
+            found["statistics"][name].update(ratio=plain(statistic.ratio), agrees=statistic.agrees)
         for name in ("stopped", "exploded"):
             pair: FractionComparison = getattr(self, name)
-            found[name] = {
-                "first": pair.first._asdict(),
-                "second": pair.second._asdict(),
-                "difference": pair.difference._asdict(),
-                "z_score": pair.z_score,
-            }
+            found[name].update(difference=plain(pair.difference), z_score=plain(pair.z_score))
         found.update(largest=self.largest.name, agrees=self.agrees, can_disagree=self.can_disagree)
-        return plain(found)
+        return found
 
 
 def compare(first: CovarianceSample, second: CovarianceSample, level: float = 0.01) -> Comparison:
@@ -240,52 +235,23 @@ def _ordered(values: Tensor) -> np.ndarray:
     return np.nan_to_num(values, nan=np.inf, posinf=largest, neginf=-largest)
 
 
-def plain(value: Any) -> Any:
-    """Return nested data as JSON has it: tuples as lists, NaN and infinity as strings."""
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
 def _check(first: CovarianceSample, second: CovarianceSample, level: float) -> None:
     for name, sample in (("first", first), ("second", second)):
         if not isinstance(sample, CovarianceSample):
-            fail(
-                TypeError,
-                name,
-                "must be a CovarianceSample",
-                type(sample).__name__,
-                "CovarianceSDE.sample and FiniteNetwork.sample return one.",
-            )
+            rule, remedy = "must be a CovarianceSample", "The methods `sample` return one."
+            fail(TypeError, name, rule, type(sample).__name__, remedy)
         if sample.paths == 0 or len(sample.times) == 0:
-            fail(
-                ValueError,
-                name,
-                "must have at least one path and one time",
-                f"{sample.paths} paths, {len(sample.times)} times",
-                "A simulation that was interrupted too early has no path; let it run longer.",
-            )
+            got = f"{sample.paths} paths, {len(sample.times)} times"
+            remedy = "A simulation that was interrupted too early has no path; let it run longer."
+            fail(ValueError, name, "must have at least one path and one time", got, remedy)
     if first.tokens != second.tokens:
-        fail(
-            ValueError,
-            "first and second",
-            "must have the same number of tokens",
-            f"{first.tokens} and {second.tokens}",
-            "Simulate both from the same v0.",
-        )
+        rule, got = "must have the same number of tokens", f"{first.tokens} and {second.tokens}"
+        fail(ValueError, "first and second", rule, got, "Simulate both from the same v0.")
     times = float(first.times[-1]), float(second.times[-1])
     if not math.isclose(*times, rel_tol=_TIME_TOLERANCE):
-        fail(
-            ValueError,
-            "first and second",
-            "must end at the same depth / width",
-            f"{times[0]:.9g} and {times[1]:.9g}",
-            "Simulate the SDE up to time = depth / width of the network.",
-        )
+        rule, got = "must end at the same depth / width", f"{times[0]:.9g} and {times[1]:.9g}"
+        remedy = "Simulate the SDE up to time = depth / width of the network."
+        fail(ValueError, "first and second", rule, got, remedy)
     check_number("level", level)
     if not 0 < level < 1:
         fail(ValueError, "level", "must be between 0 and 1", level, "The default is 0.01.")

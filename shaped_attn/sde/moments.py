@@ -6,10 +6,13 @@ semidefinite; ``rows`` is P0 (m, m); a row gain is the gain of the centred softm
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..nn.activations import relu_excess
+from .settings import BlockSettings, ZeroLogitAttention
 
 
 def attention_drift(v: Tensor, rows: Tensor, squared_gain: Tensor, gain: Tensor) -> Tensor:
@@ -36,17 +39,6 @@ def attention_drift(v: Tensor, rows: Tensor, squared_gain: Tensor, gain: Tensor)
     s = gain[:, None] * rows * (distance - mean_distance)  # (10)
     pull = size[..., :, None] * (s @ v)
     return squared_gain * v * traces + (pull + pull.mT) / 2
-
-
-def relu_excess(correlation: Tensor, c_plus: float, c_minus: float) -> Tensor:
-    """Return nu(rho), the rate at which a shaped ReLU raises the covariance of two tokens.
-
-    nu(rho) = ((c_plus - c_minus)^2 / (2 pi)) (sqrt(1 - rho^2) - rho arccos(rho)), (26).
-    """
-    rho = correlation.clamp(-1, 1)
-    # Not 1 - rho^2, whose rounding is all that is left near rho = 1.
-    rise = ((1 - rho) * (1 + rho)).sqrt() - rho * rho.arccos()
-    return (c_plus - c_minus) ** 2 / (2 * math.pi) * rise
 
 
 def mlp_drift(v: Tensor, c_plus: float, c_minus: float) -> Tensor:
@@ -92,34 +84,57 @@ def attention_diffusion(v: Tensor, rows: Tensor, squared_gain: Tensor) -> Tensor
     return both_last + both_last.transpose(-4, -3)
 
 
-def linear_coefficient(
-    branch_gain: float,
-    *,
-    attention: bool,
-    mlp: bool,
-    out_proj: str,
-    mlp_ratio: float,
-    attention_gain: float,
-) -> float:
-    """Return kappa, the coefficient of `linear_diffusion`, section 3.7.
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """Drift and diffusion of the SDE of one block for m tokens.
 
-    ``attention_gain`` is the branch gain of attention times its identity gain.
+    Attributes:
+        block: the settings.
+        width: of a target network, or None for the limit itself.
+        zero_logit: P0 (m, m) and the row sums of A0 (m,).
+        squared_gain: (m, m) beta_i beta_j, mean over heads.
+        gain: (m,) beta_i, mean over heads.
+        noise_gain: (m,) root of the mean of beta_i^2 over heads.
+        kappa: coefficient of `linear_diffusion`, section 3.7.
+        mlp_correction: factor of the drift of the MLP, c_n.
+        drift_scale: gam^2 / tau0^2.
+        noise_scale: gam^2 / (tau0 sqrt(H)).
     """
-    kappa = 0.0
-    if attention:
-        square = attention_gain**2
-        kappa += 2 * square if out_proj == "gaussian" else square * (2 - square)
-    if mlp:
-        square = branch_gain**2
-        kappa += square * (2 - square + square / mlp_ratio)
-    return kappa
 
+    block: BlockSettings
+    width: int | None
+    zero_logit: ZeroLogitAttention
+    squared_gain: Tensor
+    gain: Tensor
+    noise_gain: Tensor
+    kappa: float
+    mlp_correction: float
+    drift_scale: float
+    noise_scale: float
 
-def detuning_drift(detuning: tuple[float, float], v: Tensor, zero_logit: Tensor) -> Tensor:
-    """Return the drift of detuned attention gains for branch gain 1: 2 e1 V + e2 (A0 V + V A0^T).
+    def drift(self, v: Tensor) -> Tensor:
+        """Return mu(V), (..., m, m): (15), (28), (30), (35)."""
+        block, (rows, mass) = self.block, self.zero_logit
+        square = block.branch_gain**2
+        drift = torch.zeros_like(v)
+        if block.attention:
+            pull = attention_drift(v, rows, self.squared_gain, self.gain)
+            drift = drift + self.drift_scale * pull
+            tuned = (block.detuning.identity, block.detuning.softmax)
+            if any(tuned):
+                identity, softmax = (gain * block.identity_gain for gain in tuned)
+                # A prior whose rows do not sum to 1 multiplies the centre too.
+                pulled = (mass[:, None] * rows) @ v
+                drift = drift + square * (2 * identity * v + softmax * (pulled + pulled.mT))
+        if block.mlp:
+            rise = mlp_drift(v, block.c_plus, block.c_minus)
+            drift = drift + square * self.mlp_correction * rise
+        return drift + (block.attention + block.mlp) * block.detuning.variance * v
 
-    That is (35), where A0 is P0; a prior whose rows do not sum to 1 multiplies the centre too.
-    """
-    identity, softmax = detuning
-    pulled = zero_logit @ v
-    return 2 * identity * v + softmax * (pulled + pulled.mT)
+    def diffusion(self, v: Tensor) -> Tensor:
+        """Return Sigma(V), (..., m, m, m, m): (33), (34)."""
+        sigma = self.kappa * linear_diffusion(v)
+        if self.block.attention:
+            rows = self.zero_logit.rows
+            sigma = sigma + self.noise_scale**2 * attention_diffusion(v, rows, self.squared_gain)
+        return sigma

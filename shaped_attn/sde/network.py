@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_positive, check_size, fail
+from ..checks import check_choice, check_divides, check_positive, check_size, fail
 from ..nn import Projection, ShapedBlock
 from .chain import WidthChain, normal, root_of
 from .paths import EIGENVALUE_RANGE, OnProgress, Stop, run
-from .process import check_generator, check_start
 from .sample import CovarianceSample
 from .settings import BlockSettings
+from .start import check_start
 
 METHODS = ("network", "chain")
 SCALES = ("width", "standard")
@@ -53,34 +53,16 @@ class FiniteNetwork(BlockSettings):
         super().__post_init__()
         check_size("width", self.width)
         check_size("depth", self.depth)
-        if self.width % self.heads:
-            fail(
-                ValueError,
-                "width",
-                f"must be a multiple of the {self.heads} heads",
-                self.width,
-                "Change one of the two.",
-            )
+        check_divides("heads", self.heads, "width", self.width)
         if self.head_dim is None:
             self._set("head_dim", self.width // self.heads)
         check_size("head_dim", self.head_dim)
         if self.skip_gain**2 + self.detuning.variance / self.width < 0:
-            fail(
-                ValueError,
-                "detuning.variance",
-                f"must be at least -skip_gain^2 * width = {-(self.skip_gain**2) * self.width:g}",
-                f"{self.detuning.variance:g}",
-                "Give a larger width, or a smaller detuning.",
-            )
+            rule = f"must be at least -skip_gain^2 * width = {-(self.skip_gain**2) * self.width:g}"
+            remedy = "Give a larger width, or a smaller detuning."
+            fail(ValueError, "detuning.variance", rule, f"{self.detuning.variance:g}", remedy)
         if isinstance(self.scale, str):
-            if self.scale not in SCALES:
-                fail(
-                    ValueError,
-                    "scale",
-                    f"must be one of {SCALES} or a number",
-                    repr(self.scale),
-                    'The default is "width".',
-                )
+            check_choice("scale", self.scale, SCALES)
         else:
             check_positive("scale", self.scale)
 
@@ -181,17 +163,9 @@ class FiniteNetwork(BlockSettings):
             TypeError, ValueError: as `CovarianceSDE.sample`; or the width is below m, for the
                 chain below 2m for every head that writes to a slice of its own.
         """
-        check_start(v0, eigenvalue_range)
+        check_start(v0, eigenvalue_range, generator)
         check_size("networks", networks)
-        check_generator(generator, v0)
-        if method not in METHODS:
-            fail(
-                ValueError,
-                "method",
-                f"must be one of {METHODS}",
-                repr(method),
-                'The default is "network".',
-            )
+        check_choice("method", method, METHODS)
         if method == "chain":
             simulation = self._chain(v0, generator)
             chunk = _CHAIN_PATHS if chunk is None else chunk
@@ -224,13 +198,9 @@ class FiniteNetwork(BlockSettings):
         )
         least = 2 * v0.shape[-1] * chain.slices
         if self.width < least:
-            fail(
-                ValueError,
-                "width",
-                f"must be at least {least} for the chain of {v0.shape[-1]} tokens",
-                self.width,
-                'Use method="network", which takes any width from the number of tokens on.',
-            )
+            rule = f"must be at least {least} for the chain of {v0.shape[-1]} tokens"
+            remedy = 'Use method="network", which takes any width from the number of tokens on.'
+            fail(ValueError, "width", rule, self.width, remedy)
         return chain
 
 
@@ -249,21 +219,12 @@ class _Networks:
     ) -> None:
         tokens = v0.shape[-1]
         if settings.width < tokens:
-            fail(
-                ValueError,
-                "width",
-                f"must be at least the number of tokens, {tokens}",
-                settings.width,
-                "X (m, n) could not have the covariance V0.",
-            )
+            rule = f"must be at least the number of tokens, {tokens}"
+            remedy = "X (m, n) could not have the covariance V0."
+            fail(ValueError, "width", rule, settings.width, remedy)
         if settings.prior is not None:
-            fail(
-                ValueError,
-                "prior",
-                'must be None for method="network"',
-                "a matrix",
-                'Use method="chain".',
-            )
+            rule = 'must be None for method="network"'
+            fail(ValueError, "prior", rule, "a matrix", 'Use method="chain".')
         if not dtype.is_floating_point:
             fail(TypeError, "dtype", "must be a floating dtype", dtype, "Use torch.float32.")
         self.settings, self.v0, self.generator = settings, v0, generator

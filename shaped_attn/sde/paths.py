@@ -107,27 +107,16 @@ def run(
 
 def check_range(eigenvalue_range: tuple[float, float]) -> tuple[float, float]:
     """Check and unpack the admissible eigenvalues."""
+    name, remedy = "eigenvalue_range", "The paper's is (1e-4, 1e4)."
     try:
         low, high = eigenvalue_range
     except (TypeError, ValueError):
-        fail(
-            TypeError,
-            "eigenvalue_range",
-            "must be a pair of numbers",
-            repr(eigenvalue_range),
-            "The paper's is (1e-4, 1e4).",
-        )
-    check_number("eigenvalue_range[0]", low)
+        fail(TypeError, name, "must be a pair of numbers", repr(eigenvalue_range), remedy)
+    check_number(f"{name}[0]", low)
     if high != torch.inf:
-        check_number("eigenvalue_range[1]", high)
+        check_number(f"{name}[1]", high)
     if not 0 <= low < high:
-        fail(
-            ValueError,
-            "eigenvalue_range",
-            "must ascend and not be negative",
-            (low, high),
-            "The paper's is (1e-4, 1e4).",
-        )
+        fail(ValueError, name, "must ascend and not be negative", (low, high), remedy)
     return float(low), float(high)
 
 

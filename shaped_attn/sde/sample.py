@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,25 +123,25 @@ class CovarianceSample:
     def at(self, index: int) -> CovarianceSample:
         """Return the sample with only the time ``times[index]``."""
         index = range(len(self.times))[index]
-        return CovarianceSample(
-            self.source,
-            self.times[index : index + 1],
-            self.covariances[index : index + 1],
-            self.stop_times,
-            self.exploded,
-            self.requested,
-        )
+        one = slice(index, index + 1)
+        return replace(self, times=self.times[one], covariances=self.covariances[one])
 
     def of_paths(self, begin: int, end: int) -> CovarianceSample:
         """Return the sample of paths ``begin`` to ``end`` - 1, which shares this one's memory."""
-        return CovarianceSample(
-            self.source,
-            self.times,
-            self.covariances[:, begin:end],
-            self.stop_times[begin:end],
-            self.exploded[begin:end],
-            self.requested,
+        return replace(
+            self,
+            covariances=self.covariances[:, begin:end],
+            stop_times=self.stop_times[begin:end],
+            exploded=self.exploded[begin:end],
         )
+
+
+def mean_correlation(v: Tensor) -> Tensor:
+    """Return the mean over pairs i < j of rho_ij, (...), of V (..., m, m)."""
+    tokens = v.shape[-1]
+    scale = v.diagonal(dim1=-2, dim2=-1).rsqrt()  # (..., m)
+    total = (scale * (v @ scale[..., None])[..., 0]).sum(-1)
+    return (total - tokens) / (tokens * (tokens - 1))
 
 
 def quantile(values: Tensor, levels: Sequence[float]) -> Tensor:
@@ -180,20 +180,31 @@ def fraction(is_true: Tensor) -> Estimate:
     return Estimate(hits / count, math.sqrt(p * (1 - p) / (count + 1)))
 
 
+def plain(value: Any) -> Any:
+    """Return nested data as JSON has it.
+
+    What has fields becomes a dict, a tuple or a Tensor a list, and NaN and infinity strings.
+    """
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Estimate):
+        return plain(value._asdict())
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
 def _check_levels(levels: Sequence[float], paths: int) -> None:
     if not levels or not all(0 <= level <= 1 for level in levels):
-        fail(
-            ValueError,
-            "levels",
-            "must be numbers from 0 to 1",
-            list(levels),
-            "Give for example (0.05, 0.5, 0.95).",
-        )
+        remedy = "Give for example (0.05, 0.5, 0.95)."
+        fail(ValueError, "levels", "must be numbers from 0 to 1", list(levels), remedy)
     if paths == 0:
-        fail(
-            ValueError,
-            "quantiles",
-            "need at least one path",
-            "a sample that was interrupted before its first",
-            "Let the simulation run longer, or ask for fewer paths.",
-        )
+        got = "a sample that was interrupted before its first"
+        remedy = "Let the simulation run longer, or ask for fewer paths."
+        fail(ValueError, "quantiles", "need at least one path", got, remedy)

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_flag, check_number, check_positive, check_size, fail
+from ..checks import (
+    check_choice,
+    check_flag,
+    check_int,
+    check_number,
+    check_numbers,
+    check_positive,
+    check_size,
+    fail,
+)
+from .sample import plain
 
 OUT_PROJ = ("none", "orthogonal", "gaussian")
 
@@ -108,47 +118,24 @@ class BlockSettings:
 
     def __post_init__(self) -> None:
         """Check every field and fill in the gains that follow from others."""
-        check_positive("tau0", self.tau0)
-        check_positive("mlp_ratio", self.mlp_ratio)
-        for name in ("branch_gain", "identity_gain", "c_plus", "c_minus"):
+        for name in ("tau0", "mlp_ratio"):
+            check_positive(name, getattr(self, name))
+        check_number("branch_gain", self.branch_gain, 0, 1)
+        for name in ("identity_gain", "c_plus", "c_minus"):
             check_number(name, getattr(self, name))
         check_size("heads", self.heads)
         for name in ("is_causal", "attention", "mlp"):
             check_flag(name, getattr(self, name))
         if not (self.attention or self.mlp):
-            fail(
-                ValueError,
-                "attention and mlp",
-                "must not both be False",
-                "no sub-layer",
-                "Switch one of them on.",
-            )
-        if not 0 <= self.branch_gain <= 1:
-            fail(
-                ValueError,
-                "branch_gain",
-                "must be from 0 to 1",
-                self.branch_gain,
-                "skip_gain^2 + branch_gain^2 = 1 has no other solution.",
-            )
-        if self.out_proj not in OUT_PROJ:
-            fail(
-                ValueError,
-                "out_proj",
-                f"must be one of {OUT_PROJ}",
-                repr(self.out_proj),
-                'The default is "none".',
-            )
+            names, rule = "attention and mlp", "must not both be False"
+            fail(ValueError, names, rule, "no sub-layer", "Switch one of them on.")
+        check_choice("out_proj", self.out_proj, OUT_PROJ)
         if not isinstance(self.detuning, Detuning):
-            fail(
-                TypeError,
-                "detuning",
-                "must be a Detuning",
-                type(self.detuning).__name__,
-                "Use shaped_attn.sde.Detuning(identity=..., softmax=..., variance=...).",
-            )
-        for name in ("identity", "softmax", "variance"):
-            check_number(f"detuning.{name}", getattr(self.detuning, name))
+            remedy = "Use shaped_attn.sde.Detuning(identity=..., softmax=..., variance=...)."
+            got = type(self.detuning).__name__
+            fail(TypeError, "detuning", "must be a Detuning", got, remedy)
+        for name, value in vars(self.detuning).items():
+            check_number(f"detuning.{name}", value)
         self._set("softmax_gain", self._check_head_gain("softmax_gain", self.softmax_gain))
         center_gain = self.softmax_gain if self.center_gain is None else self.center_gain
         self._set("center_gain", self._check_head_gain("center_gain", center_gain))
@@ -164,7 +151,10 @@ class BlockSettings:
                 )
             self._set("skip_gain", math.sqrt(1 - size**2))
         check_number("skip_gain", self.skip_gain)
-        self._check_mask()
+        for name in ("key_start", "key_end"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name))
+        self._check_matrices()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -172,26 +162,14 @@ class BlockSettings:
     def _check_head_gain(self, name: str, gain: Any) -> float | tuple[float, ...]:
         if isinstance(gain, Tensor):
             gain = gain.tolist()
-        if isinstance(gain, Sequence) and not isinstance(gain, str):
-            if len(gain) != self.heads:
-                fail(
-                    ValueError,
-                    name,
-                    f"must be one number, or one for each of the {self.heads} heads",
-                    f"{len(gain)} numbers",
-                    "Give as many as heads.",
-                )
-            for value in gain:
-                check_number(name, value)
-            return tuple(float(value) for value in gain)
-        check_number(name, gain)
-        return float(gain)
+        if not isinstance(gain, Sequence) or isinstance(gain, str):
+            return check_number(name, gain)
+        if len(gain) != self.heads:
+            rule = f"must be one number, or one for each of the {self.heads} heads"
+            fail(ValueError, name, rule, f"{len(gain)} numbers", "Give as many as heads.")
+        return check_numbers(name, gain)
 
-    def _check_mask(self) -> None:
-        for name in ("key_start", "key_end"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                fail(TypeError, name, "must be an int or None", repr(value), "Count in tokens.")
+    def _check_matrices(self) -> None:
         for name in ("attn_mask", "prior"):
             value = getattr(self, name)
             if value is None:
@@ -201,20 +179,16 @@ class BlockSettings:
                 fail(TypeError, name, rule, type(value).__name__, remedy)
             if value.ndim != 2 or value.shape[0] != value.shape[1]:
                 fail(ValueError, name, rule, f"shape {tuple(value.shape)}", remedy)
-        if self.attn_mask is not None and self.attn_mask.dtype != torch.bool:
-            fail(
-                TypeError,
-                "attn_mask",
-                "must be bool",
-                self.attn_mask.dtype,
-                "Make it True where a token is seen.",
-            )
-        if self.prior is not None and not (self.prior.isfinite().all() and (self.prior >= 0).all()):
+        mask, prior = self.attn_mask, self.prior
+        if mask is not None and mask.dtype != torch.bool:
+            remedy = "Make it True where a token is seen."
+            fail(TypeError, "attn_mask", "must be bool", mask.dtype, remedy)
+        if prior is not None and not (prior.isfinite().all() and (prior >= 0).all()):
             fail(
                 ValueError,
                 "prior",
                 "must be finite with no negative entry",
-                f"entries from {float(self.prior.min()):g} to {float(self.prior.max()):g}",
+                f"entries from {float(prior.min()):g} to {float(prior.max()):g}",
                 "Give the attention matrix at zero logits itself, not its logarithm.",
             )
 
@@ -239,13 +213,9 @@ class BlockSettings:
             if matrix is None:
                 continue
             if matrix.shape[0] != tokens:
-                fail(
-                    ValueError,
-                    name,
-                    f"must have a row for each of the {tokens} tokens of V",
-                    f"shape {tuple(matrix.shape)}",
-                    "Give v0 and it the same number of tokens.",
-                )
+                rule = f"must have a row for each of the {tokens} tokens of V"
+                remedy = "Give v0 and it the same number of tokens."
+                fail(ValueError, name, rule, f"shape {tuple(matrix.shape)}", remedy)
             visible = visible & (matrix.to(device) > 0)
         return visible
 
@@ -263,15 +233,7 @@ class BlockSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data for JSON."""
-        found = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor):
-                value = value.tolist()
-            elif isinstance(value, Detuning):
-                value = {name: getattr(value, name) for name in value.__dataclass_fields__}
-            found[f.name] = value
-        return found
+        return plain(self)
 
 
 def variance_correction(c_plus: float, c_minus: float, width: float) -> float:
@@ -281,11 +243,6 @@ def variance_correction(c_plus: float, c_minus: float, width: float) -> float:
     """
     s_plus, s_minus = (1 + c / math.sqrt(width) for c in (c_plus, c_minus))
     if s_plus == 0 == s_minus:
-        fail(
-            ValueError,
-            "c_plus and c_minus",
-            "must not both be -sqrt(width)",
-            f"{c_plus:g} and {c_minus:g}",
-            "Such an activation is zero.",
-        )
+        got, remedy = f"{c_plus:g} and {c_minus:g}", "Such an activation is zero."
+        fail(ValueError, "c_plus and c_minus", "must not both be -sqrt(width)", got, remedy)
     return 2 / (s_plus**2 + s_minus**2)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_positive, check_size, fail
-from .comparison import plain
+from ..checks import check_numbers, fail
+from .integrators import Integrator
 from .paths import EIGENVALUE_RANGE, OnProgress, Stop
-from .process import CovarianceSDE, check_start
-from .sample import quantile, quantile_error
+from .process import CovarianceSDE
+from .sample import plain, quantile, quantile_error
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,7 @@ class StoppingTimeMap:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; the NaN of cells that were not computed are strings."""
-        found = {
-            name: value.tolist() if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return plain({**found, "is_complete": self.is_complete})
+        return {**plain(self), "is_complete": self.is_complete}
 
 
 def stopping_time_map(
@@ -76,7 +72,7 @@ def stopping_time_map(
     paths: int = 512,
     steps: float = 100,
     generator: torch.Generator | None = None,
-    integrator: str = "chain",
+    integrator: Integrator | str = "chain",
     eigenvalue_range: tuple[float, float] = EIGENVALUE_RANGE,
     on_progress: OnProgress | None = None,
     stop: Stop | None = None,
@@ -110,21 +106,12 @@ def stopping_time_map(
         TypeError, ValueError: an argument is of the wrong type or out of its range. Settings of all
             cells are checked before the first is computed.
     """
-    check_start(v0, eigenvalue_range)
-    check_positive("time", time)
-    check_size("paths", paths)
-    check_positive("steps", steps)
     for name in ("branch_gain", "tau0"):
         if name in settings:
-            fail(
-                TypeError,
-                name,
-                f"must be given by {name}s, the cells of the map",
-                f"{name}={settings[name]!r}",
-                f"Use {name}s=[{settings[name]!r}].",
-            )
-    rows = _numbers("branch_gains", branch_gains)
-    columns = _numbers("tau0s", tau0s)
+            rule, given = f"must be given by {name}s, the cells of the map", repr(settings[name])
+            fail(TypeError, name, rule, given, f"Use {name}s=[{given}].")
+    rows = check_numbers("branch_gains", branch_gains, ascending=True)
+    columns = check_numbers("tau0s", tau0s, ascending=True)
     cells = [
         (row, column, CovarianceSDE(branch_gain=branch_gain, tau0=tau0, **settings))
         for row, branch_gain in enumerate(rows)
@@ -132,10 +119,9 @@ def stopping_time_map(
     ]
     device = generator.device if generator is not None else None
     seed = int(torch.randint(2**53, (), generator=generator, device=device))
+    empty = torch.full((len(rows), len(columns)), math.nan, dtype=torch.float64)
     names = ("median", "median_error", "stopped", "stopped_error", "exploded", "exploded_error")
-    found = {
-        name: torch.full((len(rows), len(columns)), math.nan, dtype=torch.float64) for name in names
-    }
+    found = {name: empty.clone() for name in names}
     for done, (row, column, sde) in enumerate(cells):
         sample = sde.sample(
             v0,
@@ -151,44 +137,10 @@ def stopping_time_map(
         if not sample.is_complete:
             break
         capped = sample.stop_times.clamp(max=time)
-        stopped, exploded = sample.stopped_fraction(), sample.exploded_fraction()
-        values = (
-            float(quantile(capped, (0.5,))),
-            float(quantile_error(capped, (0.5,))),
-            *stopped,
-            *exploded,
-        )
+        median = (float(f(capped, (0.5,))) for f in (quantile, quantile_error))
+        values = (*median, *sample.stopped_fraction(), *sample.exploded_fraction())
         for name, value in zip(names, values, strict=True):
             found[name][row, column] = value
         if on_progress is not None:
             on_progress(done + 1, len(cells))
-    return StoppingTimeMap(
-        branch_gains=rows,
-        tau0s=columns,
-        time=float(time),
-        paths=paths,
-        steps=steps,
-        seed=seed,
-        **found,
-    )
-
-
-def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    """Check the settings of the rows or the columns, and return them."""
-    try:
-        values = tuple(values)
-    except TypeError:
-        fail(
-            TypeError,
-            name,
-            "must be a sequence of numbers",
-            type(values).__name__,
-            "Give for example [0.25, 0.5, 0.75].",
-        )
-    if not values:
-        fail(ValueError, name, "must have at least one number", "none", "Give a setting.")
-    for value in values:
-        check_number(name, value)
-    if any(a >= b for a, b in zip(values, values[1:], strict=False)):
-        fail(ValueError, name, "must ascend", values, "Sort them, and give each one once.")
-    return tuple(float(value) for value in values)
+    return StoppingTimeMap(rows, columns, float(time), paths, steps, seed, **found)

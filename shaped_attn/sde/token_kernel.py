@@ -17,7 +17,7 @@ from ..checks import check_flag, check_number, check_size, fail
 from ..nn.activations import Activation, activation_kernel, correlations
 from ..nn.positions import rotary_table
 from ..priors import ESPA, USPA, prior_matrix
-from .process import check_covariance
+from .start import check_covariance
 
 POSITIONS = (None, "learned", "sinusoidal")
 """The embeddings of positions that `input_kernel` knows."""

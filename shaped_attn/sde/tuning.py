@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_positive, check_size, fail
-from .sample import CovarianceSample, Estimate, quantile, quantile_error
+from ..checks import check_numbers, fail
+from .sample import Estimate, mean_correlation, plain, quantile, quantile_error
 
 if TYPE_CHECKING:
     from .process import CovarianceSDE
@@ -122,24 +122,13 @@ class Tuning:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        found = asdict(self)
+        found = plain(self)
         for name in ("branch_gain", "tau0"):
             interval = getattr(self, name)
-            if interval is None:
-                continue
-            del found[name]["band"]
-            found[name]["is_found"] = interval.is_found
-            found[name]["nearest"] = interval.nearest and asdict(interval.nearest)
-        return _estimates_as_dicts(found)
-
-
-def mean_correlation(sample: CovarianceSample) -> Tensor:
-    """Return (K, paths): the mean over pairs i < j of rho_ij, of every path at every time."""
-    v = sample.covariances
-    tokens = sample.tokens
-    scale = v.diagonal(dim1=-2, dim2=-1).rsqrt()  # (K, paths, m)
-    total = (scale * (v @ scale[..., None])[..., 0]).sum(-1)
-    return (total - tokens) / (tokens * (tokens - 1))
+            if interval is not None:
+                del found[name]["band"]
+                found[name].update(is_found=interval.is_found, nearest=plain(interval.nearest))
+        return found
 
 
 def tune(
@@ -187,31 +176,35 @@ def tune(
         TypeError, ValueError: an argument is of the wrong type or out of its range.
     """
     band = check_band(band, tokens=v0.shape[-1])
-    check_positive("time", time)
-    check_size("paths", paths)
-    check_size("steps", steps)
-    largest_gain = 1.0
+    most = 1.0
     if sde.attention and sde.identity_gain:
-        largest_gain = min(1.0, 1 / abs(sde.identity_gain))
-    gains = _gain_rungs(*_check_range("branch_gains", branch_gains, 0.0, 1.0), largest_gain)
-    temperatures = _tau0_rungs(*_check_range("tau0s", tau0s, 0.0, math.inf))
+        most = min(1.0, 1 / abs(sde.identity_gain))
+    low, high = _check_range("branch_gains", branch_gains, 1.0)
+    gains = _rungs("branch_gains", low, min(high, most), round(1 / _GAIN_STEP))
+    low, high = _check_range("tau0s", tau0s, math.inf)
+    temperatures = _rungs("tau0s", math.log10(low), math.log10(high), _TAU0_STEPS)
+    # Rounded to three digits, so that they print as what they are.
+    temperatures = [float(f"{10**exponent:.3g}") for exponent in temperatures]
 
-    def evaluate(**change: Any) -> Candidate | None:
+    def evaluate(**change: Any) -> Candidate:
+        nonlocal done
         variant = replace(sde, skip_gain=None, **change)
-        generator = torch.Generator(v0.device).manual_seed(seed)
         sample = variant.sample(
             v0,
             time,
             paths,
             steps,
-            generator,
+            torch.Generator(v0.device).manual_seed(seed),
             snapshots=2,
             stop=stop,
             **{"chunk": _CHUNK, **sampling},
         )
         if not sample.is_complete:
-            return None
-        values = mean_correlation(sample)[-1]
+            raise _Stopped
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+        values = mean_correlation(sample.final)
         median = Estimate(*(float(f(values, (0.5,))) for f in (quantile, quantile_error)))
         return Candidate(variant.branch_gain, variant.tau0, median, sample.exploded_fraction())
 
@@ -220,37 +213,21 @@ def tune(
     if sde.attention:
         ratio = 10 ** (1 / _TAU0_STEPS)
         searches.append(_Search("tau0", temperatures[::-1], _TAU0_SCAN, ratio, band, evaluate))
-    total = sum(search.most for search in searches)
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, total)
-
+    done, total = 0, sum(search.most for search in searches)
     intervals: list[Interval] = []
     for search in searches:
-        intervals.append(search.run(count))
+        intervals.append(search.run())
         if not intervals[-1].is_complete:
             break
-    is_complete = all(interval.is_complete for interval in intervals)
+    is_complete = intervals[-1].is_complete
     if is_complete and on_progress is not None:
         on_progress(total, total)
-    return Tuning(
-        intervals[0],
-        intervals[1] if len(intervals) > 1 else None,
-        band,
-        float(time),
-        paths,
-        steps,
-        seed,
-        is_complete,
-    )
+    tau0 = intervals[1] if len(intervals) > 1 else None
+    return Tuning(intervals[0], tau0, band, float(time), paths, steps, seed, is_complete)
 
 
 class _Stopped(Exception):
-    pass
+    """The candidate in work was dropped."""
 
 
 class _Search:
@@ -263,7 +240,7 @@ class _Search:
         scan: int,
         resolution: float,
         band: tuple[float, float],
-        evaluate: Callable[..., Candidate | None],
+        evaluate: Callable[..., Candidate],
     ) -> None:
         self.parameter, self.rungs, self.resolution = parameter, rungs, resolution
         self.band, self.evaluate = band, evaluate
@@ -272,15 +249,20 @@ class _Search:
         self.most = len(self.scan) + 2 * math.ceil(math.log2(scan))
         self.found: dict[int, Candidate] = {}
 
-    def run(self, count: Callable[[], None]) -> Interval:
-        self.count = count
+    def run(self) -> Interval:
         try:
             for index in self.scan:
                 self._side(index)
             first = self._first_inside()
-            if first is not None:
-                for direction in (-1, 1):
-                    self._follow(first, direction)
+            for direction in () if first is None else (-1, 1):
+                # Between the end of the run that ``first`` is in and the first value outside.
+                inside, outside = self._run_end(first, direction)
+                while outside is not None and abs(outside - inside) > 1:
+                    middle = (inside + outside) // 2
+                    if self._side(middle) == 0:
+                        inside = middle
+                    else:
+                        outside = middle
         except _Stopped:
             return self._interval(is_complete=False)
         return self._interval(is_complete=True)
@@ -288,12 +270,9 @@ class _Search:
     def _side(self, index: int) -> int:
         """-1 below the band, 0 inside, 1 above."""
         if index not in self.found:
-            candidate = self.evaluate(**{self.parameter: self.rungs[index]})
-            if candidate is None:
-                raise _Stopped
-            self.found[index] = candidate
-            self.count()
-        return _side(self.found[index], self.band)
+            self.found[index] = self.evaluate(**{self.parameter: self.rungs[index]})
+        value = self.found[index].correlation.value
+        return (value > self.band[1]) - (value < self.band[0])
 
     def _first_inside(self) -> int | None:
         for before, index in zip([None, *self.scan], self.scan, strict=False):
@@ -313,18 +292,6 @@ class _Search:
                     index = middle
         return None
 
-    def _follow(self, first: int, direction: int) -> None:
-        """Bisect between the end of the run that ``first`` is in and the first value outside."""
-        inside, outside = self._run_end(first, direction)
-        if outside is None:
-            return
-        while abs(outside - inside) > 1:
-            middle = (inside + outside) // 2
-            if self._side(middle) == 0:
-                inside = middle
-            else:
-                outside = middle
-
     def _run_end(self, first: int, direction: int) -> tuple[int, int | None]:
         """Return the last index inside, of those tried, and the next that was tried."""
         inside = first
@@ -338,116 +305,60 @@ class _Search:
 
     def _interval(self, *, is_complete: bool) -> Interval:
         rungs = self.rungs
-        is_ascending = rungs[0] < rungs[-1]
-        inside = [i for i in sorted(self.found) if _side(self.found[i], self.band) == 0]
+        inside = [index for index in sorted(self.found) if self._side(index) == 0]
         ends: list[End | None] = [None, None]
         if inside:
-            for place, direction in enumerate((-1, 1)):
+            for place, (direction, last) in enumerate(((-1, 0), (1, len(rungs) - 1))):
                 index, outside = self._run_end(inside[0], direction)
-                ends[place] = End(
-                    self.found[index],
-                    None if outside is None else rungs[outside],
-                    index == (0 if direction < 0 else len(rungs) - 1),
-                )
-        low, high = ends if is_ascending else ends[::-1]
+                outside = None if outside is None else rungs[outside]
+                ends[place] = End(self.found[index], outside, index == last)
+        candidates = [self.found[index] for index in sorted(self.found)]
+        if rungs[0] > rungs[-1]:
+            ends, candidates = ends[::-1], candidates[::-1]
         return Interval(
             self.parameter,
-            low,
-            high,
+            *ends,
             (min(rungs), max(rungs)),
             self.resolution,
-            tuple(self.found[i] for i in sorted(self.found, reverse=not is_ascending)),
+            tuple(candidates),
             self.band,
             is_complete,
         )
-
-
-def _side(candidate: Candidate, band: tuple[float, float]) -> int:
-    value = candidate.correlation.value
-    return (value > band[1]) - (value < band[0])
 
 
 def _distance(value: float, band: tuple[float, float]) -> float:
     return max(band[0] - value, value - band[1], 0.0)
 
 
-def _gain_rungs(low: float, high: float, largest: float) -> list[float]:
-    """The multiples of the step in the range, which print as what they are."""
-    return _checked_rungs(
-        "branch_gains", _multiples(low, min(high, largest), round(1 / _GAIN_STEP))
-    )
+def _check_range(name: str, value: tuple[float, float], most: float) -> tuple[float, float]:
+    low, high = check_numbers(name, value, 2)
+    if not 0 < low < high <= most:
+        limits = "be positive" if most == math.inf else f"lie in (0, {most:g}]"
+        got, remedy = (low, high), "Give another search range."
+        fail(ValueError, name, f"must ascend and {limits}", got, remedy)
+    return low, high
 
 
-def _multiples(low: float, high: float, steps: int) -> Iterable[float]:
+def _rungs(name: str, low: float, high: float, steps: int) -> list[float]:
+    """Return the multiples of 1 / steps from ``low`` to ``high``, at least two of them."""
     first, last = math.ceil(low * steps - 1e-9), math.floor(high * steps + 1e-9)
+    if last <= first:
+        rule, got = "must hold at least two values to try", f"{max(0, last - first + 1)} of them"
+        remedy = "Search a wider range; branch_gain times identity_gain is at most 1."
+        fail(ValueError, name, rule, got, remedy)
     return [k / steps for k in range(first, last + 1)]
-
-
-def _tau0_rungs(low: float, high: float) -> list[float]:
-    """Powers of ten in the range, rounded to three digits, so that they print as what they are."""
-    exponents = _multiples(math.log10(low), math.log10(high), _TAU0_STEPS)
-    return _checked_rungs("tau0s", (float(f"{10**exponent:.3g}") for exponent in exponents))
-
-
-def _checked_rungs(name: str, rungs: Iterable[float]) -> list[float]:
-    rungs = list(rungs)
-    if len(rungs) < 2:
-        fail(
-            ValueError,
-            name,
-            "must hold at least two values to try",
-            f"{len(rungs)} of them",
-            "Search a wider range; branch_gain times identity_gain is at most 1.",
-        )
-    return rungs
 
 
 def check_band(band: tuple[float, float], tokens: int) -> tuple[float, float]:
     """Check and unpack a band of mean correlations of that many tokens."""
-    low, high = _pair("band", band)
+    low, high = check_numbers("band", band, 2)
     if tokens < 2:
         fail(ValueError, "band", "needs at least 2 tokens", tokens, "One token has no correlation.")
     least = -1 / (tokens - 1)
     if not (least <= low < high <= 1):
-        fail(
-            ValueError,
-            "band",
+        rule = (
             f"must ascend and lie in [{least:.3g}, 1], which is all that the mean correlation of "
-            f"{tokens} tokens can be",
-            (low, high),
-            "Give for example (0.1, 0.6).",
+            f"{tokens} tokens can be"
         )
+        fail(ValueError, "band", rule, (low, high), "Give for example (0.1, 0.6).")
     return low, high
-
-
-def _check_range(
-    name: str, value: tuple[float, float], least: float, most: float
-) -> tuple[float, float]:
-    low, high = _pair(name, value)
-    if not least < low < high <= most:
-        limits = "be positive" if most == math.inf else f"lie in ({least:g}, {most:g}]"
-        fail(
-            ValueError, name, f"must ascend and {limits}", (low, high), "Give another search range."
-        )
-    return low, high
-
-
-def _pair(name: str, value: Any) -> tuple[float, float]:
-    try:
-        low, high = value
-    except (TypeError, ValueError):
-        fail(TypeError, name, "must be a pair of numbers", repr(value), "Give (low, high).")
-    check_number(name, low)
-    check_number(name, high)
-    return float(low), float(high)
-
-
-def _estimates_as_dicts(value: Any) -> Any:
-    """``asdict`` leaves a NamedTuple a tuple, which JSON would make a nameless list."""
-    if isinstance(value, Estimate):
-        return value._asdict()
-    if isinstance(value, dict):
-        return {name: _estimates_as_dicts(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_estimates_as_dicts(item) for item in value]
-    return value

@@ -1,5 +1,6 @@
 """What tests of the covariance SDE share: covariances, statistics with their bounds, messages."""
 
+import itertools
 import math
 import re
 import statistics
@@ -20,6 +21,12 @@ def generic(tokens, seed=0, dtype=torch.float64):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def stop_at(call):
+    """A ``stop`` that ends a simulation when it is asked for the ``call``-th time, from 0."""
+    calls = itertools.count()
+    return lambda: next(calls) >= call
 
 
 def upper(x):
@@ -44,6 +51,19 @@ def mean_z(values, expected):
     x = upper(values)
     error = x.std(0) / math.sqrt(len(x))
     return ((x.mean(0) - upper(expected)) / error).abs().max().item(), error.max().item()
+
+
+def covariance_z(moves, sigma):
+    """z-scores of the covariances of (paths, m, m) against Sigma, for normal moves.
+
+    The variance of the product of two centred normal variables is S_aa S_bb + S_ab^2.
+    """
+    x = upper(moves)
+    found = torch.cov(x.mT)
+    s = form(sigma)
+    size = s.diagonal()
+    error = ((size[:, None] * size + s.square()) / (len(x) - 1)).sqrt()
+    return upper((found - s) / error).abs().max().item()
 
 
 def second_moment_z(values, sigma):

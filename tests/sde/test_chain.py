@@ -1,9 +1,11 @@
 """The exact Markov chains, against networks whose every weight is drawn here, layer by layer."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from covariances import NORMAL, generic, mean_z, second_moment_z, seeded, z_bound
 from scipy.stats import ks_2samp
 
 from shaped_attn.sde.chain import (
@@ -20,11 +22,8 @@ from shaped_attn.sde.settings import BlockSettings, Detuning
 
 DTYPE = torch.float64
 V0 = torch.tensor([[1.0, 0.2, 0.3], [0.2, 1.5, 0.1], [0.3, 0.1, 0.7]], dtype=DTYPE)
+EYE = torch.eye(3, dtype=DTYPE)
 WIDTH, LAYERS, SAMPLES = 12, 3, 6000
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(*sizes, source):
@@ -119,7 +118,7 @@ CASES = {
 def test_chain_has_the_law_of_networks(name):
     changes, head_dim = CASES[name]
     settings = BlockSettings(branch_gain=0.7, tau0=0.3, **changes)
-    source = generator(list(CASES).index(name))
+    source = seeded(list(CASES).index(name))
     expected = networks(settings, head_dim, SAMPLES, source)
     chain = make_chain(settings, head_dim, source)
     state = chain.start(SAMPLES)
@@ -137,14 +136,14 @@ def test_chain_has_the_law_of_networks(name):
     "changes", [{"heads": 1}, {"heads": 2}, {"heads": 2, "out_proj": "gaussian"}]
 )
 def test_start_has_exactly_the_covariance_v0(changes):
-    chain = make_chain(BlockSettings(mlp=False, **changes), 4, generator())
+    chain = make_chain(BlockSettings(mlp=False, **changes), 4, seeded())
     found = chain.covariance(chain.start(50))
     torch.testing.assert_close(found, V0.expand_as(found), rtol=1e-12, atol=1e-12)
 
 
 def test_slices_of_the_input_differ():
     """What a head writes to is a random part of the input, not a copy of the whole."""
-    state = make_chain(BlockSettings(mlp=False, heads=2), 4, generator()).start(20000)
+    state = make_chain(BlockSettings(mlp=False, heads=2), 4, seeded()).start(20000)
     slices = state @ state.mT
     torch.testing.assert_close(slices.mean(0), V0.expand(2, 3, 3), rtol=0, atol=0.03)
     # A Haar frame: the trace of a slice has the variance of a Dirichlet weight.
@@ -154,107 +153,130 @@ def test_slices_of_the_input_differ():
     assert share.var().item() == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("degrees", [5, 12, 7.5])
-def test_wishart_moments(degrees):
-    factor = wishart_factor((40000, 3, 3), degrees, V0, generator())
-    assert torch.equal(factor, factor.tril())
-    sample = factor @ factor.mT
-    mean = sample.mean(0)
-    deviation = math.sqrt(2 * degrees / 40000)
-    assert (mean - degrees * torch.eye(3, dtype=DTYPE)).abs().max() < 5 * deviation
-    variance = sample.var(0)
-    expected = degrees * (1 + torch.eye(3, dtype=DTYPE))
-    assert ((variance / expected - 1).abs() < 0.06).all()
+@pytest.mark.parametrize(
+    ("degrees", "columns"), [(3, 0), (4.5, 0), (40, 0), (7, 2)], ids=["least", "", "many", "behind"]
+)
+def test_wishart_factor(degrees, columns):
+    """E[W] = nu I, cov(W_ij, W_pq) = nu (I_ip I_jq + I_iq I_jp); with columns [G | T] of both."""
+    wide = wishart_factor((200_000, 3, 3), degrees, V0, seeded(), columns=columns)
+    assert not wide[..., columns:].triu(1).any()
+    for part, freedom in ((wide, degrees + columns), (wide[..., :columns], columns)):
+        w, mean = part @ part.mT, freedom * EYE
+        if freedom:
+            assert mean_z(w, mean)[0] < z_bound(6)
+            assert second_moment_z(w - mean, freedom * linear_pairs(EYE, EYE)) < z_bound(21)
+    assert wishart_factor((5, 1, 1), 4, V0, seeded()).shape == (5, 1, 1)
 
 
-def test_wishart_factor_after_columns():
-    wide = wishart_factor((40000, 3, 3), 7, V0, generator(), columns=2)
-    assert torch.equal(wide[..., 2:], wide[..., 2:].tril())
-    for part, degrees in ((wide[..., :2], 2), (wide, 9)):
-        variance = (part @ part.mT).var(0)
-        assert ((variance / (degrees * (1 + torch.eye(3, dtype=DTYPE))) - 1).abs() < 0.08).all()
-    assert wishart_factor((5, 1, 1), 4, V0, generator()).shape == (5, 1, 1)
+def linear_pairs(a, b):
+    """a_ip b_jq + a_iq b_jp."""
+    return torch.einsum("ip,jq->ijpq", a, b) + torch.einsum("iq,jp->ijpq", a, b)
 
 
 def test_narrow_gaussian_factor_is_the_gaussian_itself():
-    assert gaussian_factor((5, 3, 3), 2, V0, generator()).shape == (5, 3, 2)
-    assert gaussian_factor((5, 3, 3), 3, V0, generator()).shape == (5, 3, 3)
+    assert gaussian_factor((5, 3, 3), 2, V0, seeded()).shape == (5, 3, 2)
+    assert gaussian_factor((5, 3, 3), 3, V0, seeded()).shape == (5, 3, 3)
 
 
-def test_normal_draws():
-    """Its float64 draws are our own transform of uniform numbers."""
-    x = normal((1001, 999), torch.empty(0, dtype=DTYPE), generator())
-    assert x.shape == (1001, 999) and x.dtype == DTYPE
-    count = x.numel()
-    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        error = (x**power).mean().item() - moment
-        assert abs(error) < 4.5 * math.sqrt(variance / count)
-    assert ks_2samp(x.flatten()[:200000].numpy(), torch.randn(200000).numpy()).pvalue > 1e-3
-    pairs = x.flatten()[: count // 2] * x.flatten()[count // 2 + 1 :]  # of one radius
-    assert abs(pairs.mean().item()) < 4.5 / math.sqrt(count // 2)
-    assert normal((3,), torch.empty(0, dtype=torch.float32), generator()).dtype == torch.float32
+@pytest.mark.parametrize("is_rotation", [False, True])
+@pytest.mark.parametrize("width", [4, 5.5, 64])
+def test_branch_step(width, is_rotation):
+    """(42): mean lam^2 V + gam^2 K, and its covariance, exactly at n >= 2m."""
+    skip, gam, count = 0.8, 0.9, 200_000
+    v, k = generic(2), 0.5 * generic(2, seed=3)
+    factors = [torch.linalg.cholesky(x).expand(count, 2, 2) for x in (v, k)]
+    # Another root of K: only R R^T matters.
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=DTYPE)
+    root = factors[1] @ turn
+    moved = branch_step(factors[0], root, skip, gam, width, seeded(), is_rotation=is_rotation)
+    found, mean = moved @ moved.mT, skip**2 * v + gam**2 * k
+    assert mean_z(found, mean)[0] < z_bound(3)
+    sigma = skip**2 * gam**2 * (linear_pairs(k, v) + linear_pairs(v, k))
+    if not is_rotation:  # with one the branch has the covariance K itself
+        sigma = sigma + gam**4 * linear_pairs(k, k)
+    assert second_moment_z(found - mean, sigma / width) < z_bound(6)
 
 
 @pytest.mark.parametrize("spread", [0.0, 3.0, 6.0, 9.0])
-def test_lower_factor(spread):
+def test_lower_factor_of_rows_of_different_size(spread):
     """Also where the Gram matrix has lost the smaller directions, or all of them."""
     scale = torch.logspace(0, -spread, 4, dtype=DTYPE)[:, None]
-    first, second = (scale * draw(50, 4, r, source=generator(r)) for r in (4, 3))
-    wide = torch.cat((first, second), dim=-1)
+    wide = scale * draw(50, 4, 7, source=seeded())
     factor = lower_factor(wide)
-    assert torch.equal(factor, factor.tril())
     # Orthonormal rows of L^-1 F show that no direction was lost.
     rows = torch.linalg.solve_triangular(factor, wide, upper=False)
     identity = torch.eye(4, dtype=DTYPE).expand(50, 4, 4)
     torch.testing.assert_close(rows @ rows.mT, identity, rtol=0, atol=1e-6)
 
 
-def test_lower_factor_of_what_is_not_finite_is_nan_there_alone():
-    wide = draw(4, 3, 3, source=generator())
-    wide[1, 0, 0], wide[2, 1, 1] = torch.nan, torch.inf
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lower_factor(dtype):
+    """Also of matrices whose Gram matrix has lost its small eigenvalues, or is broken."""
+    wide = torch.randn(7, 3, 6, dtype=dtype)
+    wide[1, 2] = wide[1, 1] + 1e-4 * wide[1, 2]
+    wide[2, 2] = wide[2, 1]
+    wide[3] *= 1e-12
+    wide[5, 1, 2], wide[6, 0, 0] = math.nan, math.inf
     factor = lower_factor(wide)
-    assert factor[[0, 3]].isfinite().all()
-    assert factor[[1, 2]].isnan().flatten(1).any(1).all()
+    assert factor.shape == (7, 3, 3) and not factor[:5].triu(1).any()
+    assert factor[5:].isnan().flatten(1).any(1).all()
+    eps = torch.finfo(dtype).eps
+    for k in range(5):
+        expected = (wide[k].double() @ wide[k].double().mT).to(dtype)
+        bound = 32 * eps * float(expected.abs().max())
+        torch.testing.assert_close(factor[k] @ factor[k].mT, expected, rtol=0, atol=bound)
+    # The smallest pivot of a nearly singular one is good to eps / 1e-4, not to its square.
+    exact = torch.linalg.qr(wide[1].double().mT).R[2, 2].abs()
+    assert abs(factor[1, 2, 2].abs().double() - exact) < 32 * eps * wide[1].norm()
 
 
-def test_root_of_a_singular_covariance():
-    v = torch.ones(2, 3, 3, dtype=DTYPE)
-    v[1] = V0
+def test_root_of_singular():
+    v = torch.stack((generic(3), torch.ones(3, 3), torch.zeros(3, 3), torch.eye(3)))
+    v[3, 0, 1] = v[3, 1, 0] = math.nan
     root = root_of(v)
-    torch.testing.assert_close(root @ root.mT, v, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((root @ root.mT)[:3], v[:3], rtol=0, atol=1e-14)
+    assert root[3].isnan().any()
 
 
-def test_shaped_matrix_is_the_identity_at_zero_logits():
-    settings = BlockSettings(is_causal=True, key_start=1, heads=2)
-    zero_logit = settings.zero_logit_attention(3, V0)
-    gain = torch.tensor([1.0, 1.5], dtype=DTYPE)
-    matrix = ShapedMatrix(zero_logit, 1.0, gain, gain)(torch.zeros(4, 2, 3, 3, dtype=DTYPE))
-    identity = torch.eye(3, dtype=DTYPE).expand_as(matrix)
-    torch.testing.assert_close(matrix, identity, rtol=0, atol=1e-15)
+@pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1e4, 1e300])
+def test_shaped_matrix(size):
+    """(5) by loops; logits of any size, hidden keys and a row that sees none."""
+    prior = torch.tensor([[0.5, 0.0, 0.0], [0.2, 1.2, 0.0], [0.3, 0.9, 0.8]], dtype=DTYPE)
+    zero_logit = BlockSettings(prior=prior, heads=2, key_start=1).zero_logit_attention(3, V0)
+    logits = size * torch.randn(4, 2, 3, 3, dtype=DTYPE)
+    gains = torch.tensor([1.5, 0.5]).double(), torch.tensor([1.2, 0.7]).double()
+    before = logits.clone()
+    found = ShapedMatrix(zero_logit, 0.9, *gains)(logits)
+    assert torch.equal(logits, before)
+    for b, h, i in itertools.product(range(4), range(2), range(3)):
+        keys = [j for j in range(3) if prior[i, j] > 0 and j >= 1]
+        mass = sum(float(prior[i, j]) for j in keys)
+        row = [0.9 * (i == j) for j in range(3)]
+        top = max((float(logits[b, h, i, j]) for j in keys), default=0)
+        weights = {j: prior[i, j] * math.exp(logits[b, h, i, j] - top) for j in keys}
+        for j in keys:
+            softmax = mass * weights[j] / sum(weights.values())
+            row[j] += float(gains[0][h] * softmax - gains[1][h] * prior[i, j])
+        torch.testing.assert_close(
+            found[b, h, i], torch.tensor(row, dtype=DTYPE), rtol=0, atol=1e-14
+        )
 
 
-def test_shaped_matrix_takes_huge_logits():
-    zero_logit = BlockSettings().zero_logit_attention(3, V0)
-    one = torch.ones(1, dtype=DTYPE)
-    logits = 1e6 * draw(7, 1, 3, 3, source=generator())
-    matrix = ShapedMatrix(zero_logit, 1.0, one, one)(logits)
-    hardmax = torch.nn.functional.one_hot(logits.argmax(-1), 3).to(DTYPE)
-    torch.testing.assert_close(matrix, torch.eye(3, dtype=DTYPE) + hardmax - 1 / 3)
-
-
-@pytest.mark.parametrize("is_rotation", [False, True])
-def test_branch_step_moments(is_rotation):
-    """E[V'] and the variance of its trace part, from covariance-sde.md (42)."""
-    samples, n = 40000, 12
-    skip = root_of(V0).expand(samples, 3, 3)
-    root = torch.tril(torch.ones(3, 3, dtype=DTYPE)).expand(samples, 3, 3)
-    factor = branch_step(skip, root, 0.8, 0.6, n, generator(), is_rotation=is_rotation)
-    found = factor @ factor.mT
-    kernel = root[0] @ root[0].mT
-    expected = 0.64 * V0 + 0.36 * kernel
-    error = found.std(0) / math.sqrt(samples)
-    assert ((found.mean(0) - expected).abs() < 5 * error).all()
-    # With a rotation the branch has the covariance R R^T itself, without its fluctuation.
-    cross = 4 * 0.64 * 0.36 * V0[0, 0] * kernel[0, 0] / n
-    own = 0 if is_rotation else 2 * 0.36**2 * kernel[0, 0] ** 2 / n
-    assert found[:, 0, 0].var().item() == pytest.approx(float(cross + own), rel=0.05)
+def test_normal():
+    """On a CPU it is not torch's own draw."""
+    for sizes, dtype in (((3, 33_333, 3), torch.float64), ((99_999,), torch.float32)):
+        like = torch.zeros((), dtype=dtype)
+        x = normal(sizes, like, seeded())
+        assert x.shape == sizes and x.dtype == dtype
+        x = x.flatten().double()
+        points = torch.linspace(-3, 3, 25).tolist()
+        for point in points:
+            p = NORMAL.cdf(point)
+            error = math.sqrt(p * (1 - p) / len(x))
+            assert abs((x < point).double().mean() - p) < z_bound(25) * error
+        # Neighbours and pairs half the tensor apart, in squares too.
+        for shift, power in itertools.product((1, len(x) // 2, len(x) // 2 + 1), (1, 2)):
+            y = x**power
+            rho = torch.corrcoef(torch.stack((y[shift:], y[:-shift])))[0, 1]
+            assert abs(rho) * math.sqrt(len(x) - shift) < z_bound(6)
+    assert normal((0, 3, 3), torch.zeros(()).double(), seeded()).shape == (0, 3, 3)

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from covariances import generic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,15 +18,6 @@ from shaped_attn.sde import CovarianceSDE, Detuning, equicorrelated, moments
 from shaped_attn.sde.settings import variance_correction
 
 EPS = torch.finfo(torch.float64).eps
-
-
-def generic(tokens, seed=0, dtype=torch.float64):
-    """Not equicorrelated, unequal diagonal: the V of the reference's one-step tables."""
-    generator = torch.Generator().manual_seed(seed)
-    g = torch.randn(tokens, 2 * tokens, generator=generator, dtype=torch.float64)
-    h = torch.randn(2 * tokens, generator=generator, dtype=torch.float64)
-    x = g + 0.6 * h
-    return (x @ x.mT / (2 * tokens)).to(dtype)
 
 
 def prior_of(tokens, seed=1):

@@ -4,24 +4,13 @@ import math
 
 import pytest
 import torch
+from covariances import generic, seeded
 
 from shaped_attn.nn import Projection
 from shaped_attn.sde import CovarianceSDE, Detuning, FiniteNetwork, compare, equicorrelated, moments
 from shaped_attn.testing import relative_error, rounding_error
 
 DTYPE = torch.float64
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def generic(tokens, seed=0):
-    """A V without symmetry: not equicorrelated, unequal diagonal (section 11 of the reference)."""
-    source = generator(seed)
-    rows = torch.randn(tokens, 2 * tokens, dtype=DTYPE, generator=source)
-    rows = rows + 0.6 * torch.randn(2 * tokens, dtype=DTYPE, generator=source)
-    return rows @ rows.mT / (2 * tokens)
 
 
 # One step, from real weights: what the remaining weights add is averaged exactly
@@ -38,7 +27,7 @@ def stacked_block(network, networks, seed, dtype=torch.float32):
             shape = (networks, *module.weight.shape)
             stack = torch.empty(shape, dtype=dtype)
             module.weight = torch.nn.Parameter(stack, requires_grad=False)
-    block.reset_parameters(generator(seed))
+    block.reset_parameters(seeded(seed))
     return block
 
 
@@ -246,7 +235,7 @@ def test_diffusion_of_one_layer(name):
     width = 64 if name == "orthogonal W_O" else 256
     count = 2000 if "MLP" in name or name == "block" else 3000
     network = FiniteNetwork(width=width, depth=1, head_dim=8, **settings)
-    sample = network.sample(v0, count, generator(3), snapshots=2, eigenvalue_range=(0, math.inf))
+    sample = network.sample(v0, count, seeded(3), snapshots=2, eigenvalue_range=(0, math.inf))
     steps = math.sqrt(width) * (sample.final - v0)
     found, error = covariance_and_error(steps)
     sde = CovarianceSDE(**settings)
@@ -292,7 +281,7 @@ def test_networks_have_the_law_of_the_chain(name):
     v0 = generic(3)
     samples = [
         network.sample(
-            v0, 5000, generator(5), method=method, eigenvalue_range=(0, math.inf), snapshots=2
+            v0, 5000, seeded(5), method=method, eigenvalue_range=(0, math.inf), snapshots=2
         )
         for method in ("network", "chain")
     ]
@@ -304,7 +293,7 @@ def test_networks_have_the_law_of_the_chain(name):
 def test_the_input_has_exactly_the_covariance_v0(method):
     network = FiniteNetwork(width=24, depth=2, heads=2, mlp=False)
     v0 = generic(4)
-    sample = network.sample(v0, 20, generator(), method=method, dtype=DTYPE)
+    sample = network.sample(v0, 20, seeded(), method=method, dtype=DTYPE)
     start = sample.covariances[0]
     torch.testing.assert_close(start, v0.expand_as(start), rtol=1e-12, atol=1e-12)
     assert torch.equal(sample.times, torch.arange(3, dtype=DTYPE) / 24)
@@ -328,7 +317,7 @@ def test_networks_run_where_v0_is(method, device):
 
 def test_weights_differ_between_layers_and_networks():
     network = FiniteNetwork(width=16, depth=2, mlp=False)
-    sample = network.sample(equicorrelated(2, 0.0), 3, generator())
+    sample = network.sample(equicorrelated(2, 0.0), 3, seeded())
     steps = sample.covariances.diff(dim=0)[:, :, 0, 1].flatten()
     assert len(set(steps.tolist())) == 6
 
@@ -344,9 +333,9 @@ def test_end_of_depth(mlp, branch_gain):
     settings = {"branch_gain": branch_gain, "mlp": mlp}
     v0 = equicorrelated(4, 0.2)
     network = FiniteNetwork(width=256, depth=256, **settings)
-    measured = network.sample(v0, 4096, generator(11), method="chain", snapshots=2)
+    measured = network.sample(v0, 4096, seeded(11), method="chain", snapshots=2)
     predicted = CovarianceSDE(width=256, **settings).sample(
-        v0, 1.0, 4096, 256, generator(12), snapshots=2
+        v0, 1.0, 4096, 256, seeded(12), snapshots=2
     )
     comparison = compare(predicted, measured, level=0.01)
     assert comparison.agrees, comparison.largest
@@ -357,14 +346,14 @@ def test_end_of_depth(mlp, branch_gain):
 def test_end_of_depth_with_every_weight_drawn(settings):
     v0 = equicorrelated(4, 0.2)
     network = FiniteNetwork(width=64, depth=64, head_dim=16, **settings)
-    measured = network.sample(v0, 1000, generator(13), snapshots=2)
+    measured = network.sample(v0, 1000, seeded(13), snapshots=2)
     predicted = CovarianceSDE(width=64, **settings).sample(
-        v0, 1.0, 4096, 64, generator(14), snapshots=2
+        v0, 1.0, 4096, 64, seeded(14), snapshots=2
     )
     comparison = compare(predicted, measured, level=0.01)
     assert comparison.agrees, comparison.largest
     other = CovarianceSDE(width=64, **{**settings, "branch_gain": 0.9}).sample(
-        v0, 1.0, 4096, 64, generator(14), snapshots=2
+        v0, 1.0, 4096, 64, seeded(14), snapshots=2
     )
     assert not compare(other, measured, level=0.01).agrees
 
@@ -377,7 +366,7 @@ def unshaped(**changes):
     sample = network.sample(
         equicorrelated(4, 0.2),
         24,
-        generator(2),
+        seeded(2),
         dtype=DTYPE,
         snapshots=9,
         eigenvalue_range=(0, math.inf),
@@ -432,7 +421,7 @@ def test_stop_keeps_finished_chunks():
     sample = network.sample(
         equicorrelated(2, 0.1),
         10,
-        generator(),
+        seeded(),
         chunk=4,
         stop=stop,
         on_progress=lambda done, total: seen.append((done, total)),
@@ -446,13 +435,13 @@ def test_a_generator_makes_it_repeatable():
     samples = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        samples.append(network.sample(equicorrelated(2, 0.1), 6, generator(7)).covariances)
+        samples.append(network.sample(equicorrelated(2, 0.1), 6, seeded(7)).covariances)
     assert torch.equal(*samples)
 
 
 def test_frozen_networks_do_not_hold_up_the_others():
     network = FiniteNetwork(width=16, depth=16, mlp=False, branch_gain=1.0, tau0=0.05)
-    sample = network.sample(equicorrelated(3, 0.2), 200, generator(), eigenvalue_range=(1e-2, 50))
+    sample = network.sample(equicorrelated(3, 0.2), 200, seeded(), eigenvalue_range=(1e-2, 50))
     assert sample.covariances.isfinite().all()
     assert 0 < sample.stopped.sum() <= 200
     values = torch.linalg.eigvalsh(sample.final)
@@ -466,7 +455,7 @@ def test_all_networks_may_be_frozen():
     sample = network.sample(
         equicorrelated(4, 0.2),
         8,
-        generator(),
+        seeded(),
         eigenvalue_range=(1e-4, 10.0),
         on_progress=lambda done, total: seen.append((done, total)),
     )
@@ -480,7 +469,7 @@ def test_all_networks_may_be_frozen():
     [
         ({"width": 0}, "width must be at least 1"),
         ({"depth": 2.0}, "depth must be an int"),
-        ({"heads": 3}, "width must be a multiple of the 3 heads"),
+        ({"heads": 3}, "heads must divide width, 8, got 3"),
         ({"scale": "wide"}, "scale must be one of"),
         ({"scale": -1.0}, "scale must be greater than 0"),
         ({"head_dim": 0}, "head_dim must be at least 1"),

@@ -12,6 +12,7 @@ from shaped_attn.sde.sample import (
     CovarianceSample,
     Estimate,
     fraction,
+    mean_correlation,
     quantile,
     quantile_error,
 )
@@ -66,6 +67,14 @@ class TestStatistics:
         for scale in (1e-25, 1e25):
             v = scale * torch.tensor([[[[1.0, 0.5], [0.5, 1.0]]]])
             assert math.isclose(sample_of(v).correlations()["rho_12"][0, 0], 0.5, rel_tol=1e-6)
+
+    def test_mean_correlation(self):
+        sample = random_sample(times=2, paths=7, tokens=4)
+        expected = torch.stack(list(sample.correlations().values())).mean(0)
+        found = mean_correlation(sample.covariances)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        one = mean_correlation(sample.covariances[1, 5])
+        torch.testing.assert_close(one, expected[1, 5], rtol=1e-12, atol=1e-12)
 
 
 class TestShape:

@@ -97,8 +97,8 @@ def test_bad_settings_of_a_map_are_found_before_the_first_cell():
     for change, error, message in (
         ({"branch_gains": [0.3, 1.5]}, ValueError, "branch_gain must be from 0 to 1, got 1.5"),
         ({"tau0s": [-1.0, 1.0]}, ValueError, "tau0 must be"),
-        ({"tau0s": []}, ValueError, "tau0s must have at least one number"),
-        ({"tau0s": 1.0}, TypeError, "tau0s must be a sequence of numbers, got float"),
+        ({"tau0s": []}, ValueError, "tau0s must be a sequence of numbers, got 0"),
+        ({"tau0s": 1.0}, TypeError, "tau0s must be a sequence of numbers, got 1.0"),
         ({"tau0s": ["a"]}, TypeError, "tau0s must be a number"),
         ({"branch_gains": [0.5, 0.3]}, ValueError, "branch_gains must ascend"),
         ({"tau0": 2.0}, TypeError, "tau0 must be given by tau0s"),
