@@ -6,24 +6,20 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from scripts import BENCH_CONFTEST, ROOT
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from shaped_attn import plots, speed
 from shaped_attn.commands import cli
+from shaped_attn.plots.speed import plot_speed
 from shaped_attn.testing import Case
 
-ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "bench"
-
 # What an H100 measured, in the columns of an older script.
-H100 = BENCH / "results" / "h100" / "attention_at_d0ec308.csv"
-
-pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason="the benchmark is in the repository")
+H100 = ROOT / "bench" / "results" / "h100" / "attention_at_d0ec308.csv"
 
 
 def entries_of(rows):
@@ -122,7 +118,7 @@ def test_the_report_of_an_h100_renders(h100, tmp_path):
 
 
 def test_the_plot_has_a_panel_for_each_pass_head_dimension_and_mask(h100):
-    figure = speed.plot(speed.load(h100))
+    figure = plot_speed(speed.load(h100))
     assert len(figure.axes) == 12
     for axes in figure.axes:
         assert len(axes.lines) == 4
@@ -137,17 +133,6 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     done = CliRunner().invoke(cli, ["bench", "--show", str(path)])
     assert done.exit_code == 1
     assert "other.json" in done.output and "--record" in done.output
-
-
-@pytest.fixture
-def bench_modules(monkeypatch):
-    """The modules in bench/, for this test."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
-            del sys.modules[name]
 
 
 def test_readme_is_written_from_results_and_names_what_is_missing(h100, bench_modules, tmp_path):
@@ -165,9 +150,9 @@ def test_readme_is_written_from_results_and_names_what_is_missing(h100, bench_mo
     assert "old" not in written
     assert written.count("before") == written.count("after") == 2
     assert "| D = 128, full | 0.28 / 0.32 | 0.41 / 0.26 | 0.49 / 0.25 | 0.53 / 0.25 |" in gpu
-    assert speed.NOT_MEASURED not in gpu
+    assert readme.NOT_MEASURED not in gpu
     assert (h100.parent / "speed.png").is_file() and "speed.png" in gpu
-    assert cpu.lower().count(speed.NOT_MEASURED) == 1
+    assert cpu.lower().count(readme.NOT_MEASURED) == 1
     readme.update(tmp_path)
     assert path.read_text() == written
 
@@ -202,17 +187,10 @@ def test_tracked(benchmark):
     peers = {"peer": Step(lambda _: PEER)}
     timing.race(benchmark, "group", FakeStopwatch(), Step(lambda _: OURS), peers, ["peer"])
 """
-CONFTEST = f"""
-from importlib import util
-spec = util.spec_from_file_location("bench_conftest", {str(BENCH / "conftest.py")!r})
-module = util.module_from_spec(spec)
-spec.loader.exec_module(module)
-globals().update({{name: x for name, x in vars(module).items() if not name.startswith("__")}})
-"""
 
 
 def test_tracking_compares_ratios(monkeypatch, tmp_path):
-    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "conftest.py").write_text(BENCH_CONFTEST)
     (tmp_path / "bench_tracked.py").write_text(TRACKED)
     baseline = tmp_path / "baseline.json"
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # nothing is timed in a worker
@@ -263,4 +241,4 @@ def test_the_composition_never_turns_to_eager_code(bench_modules, monkeypatch):
 
 def test_plots_can_be_saved_in_every_format(h100, tmp_path):
     for suffix in plots.SUFFIXES:
-        assert plots.save(speed.plot(speed.load(h100)), tmp_path / f"speed{suffix}").is_file()
+        assert plots.save(plot_speed(speed.load(h100)), tmp_path / f"speed{suffix}").is_file()

@@ -1,31 +1,32 @@
-"""The sweep behind the tables of configurations: all of it but the times."""
+"""The sweep behind the tables of tiles, of both families: all of it but the times."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+import torch
 
 from shaped_attn import shaped_attention
 from shaped_attn.kernels import configs
 from shaped_attn.kernels.configs import TileConfig
+from shaped_attn.kernels.hopper import tiles
 from shaped_attn.kernels.primitives import ROW_ALIGNMENT
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 SMALL = TileConfig(16, 16, 4, 1, sum_block=16)
+HOPPER = {
+    "forward": tiles.ForwardTile(2, 64, 3, "packed", True, "dynamic"),
+    "dkdv": tiles.DkdvTile(2, 64, 2),
+    "dq": tiles.DqTile(2, 64, 2, True),
+    "fused": tiles.DkdvTile(2, 128, 2),
+}
 MASKS = ["full", "causal"]
-
-
-@pytest.fixture
-def sweep(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))  # worker processes import it by name
-    import sweep
-
-    return sweep
+NAMES = {kind.__name__: kind for kind in (TileConfig, *map(type, HOPPER.values()))}
 
 
 def row(kernel="forward", variant="", dim=64, config=SMALL, candidate=0, **others):
@@ -34,24 +35,19 @@ def row(kernel="forward", variant="", dim=64, config=SMALL, candidate=0, **other
     return fixed | {"config": dataclasses.asdict(config), "candidate": candidate} | others
 
 
-def test_without_a_gpu_it_says_what_it_needs(tmp_path):
-    output = tmp_path / "sweep.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(BENCH / "sweep.py"), "--output", str(output)],
-        env=environment | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2, done.stderr
-    for part in ("sm_80", "gfx942", "lacks a GPU that torch sees", "`--compile-only 90`"):
-        assert part in done.stderr
-    assert not output.exists()
+def hopper_row(kernel, mask="causal", config=None, **others):
+    config = (config or HOPPER[kernel])._asdict()
+    return row(kernel, mask=mask, family="hopper", **others) | {"config": config}
+
+
+def pasted(lines):
+    """What lines to paste are in a table."""
+    return eval("{" + "".join(lines) + "}", dict(NAMES))
 
 
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_candidates_are_valid_and_differ(arch, sweep):
-    for kernel, dim in ((kernel, dim) for kernel in sweep.CANDIDATES for dim in (64, 128)):
+    for kernel, dim in itertools.product(sweep.CANDIDATES, (64, 128)):
         present = configs.pick_config(kernel, dim, dim, 2, arch, weighed_by=None)
         found = sweep.candidates(kernel, present, arch)
         assert found[0] == present
@@ -64,6 +60,21 @@ def test_candidates_are_valid_and_differ(arch, sweep):
             assert config.num_warps in (4, 8) and config.row_sums in ("packed", "product")
             if isinstance(arch, str):
                 assert config.max_registers is None
+
+
+@pytest.mark.parametrize("kernel", HOPPER)
+def test_candidates_of_hopper_differ_and_can_be_pasted(kernel, sweep):
+    for dim, is_causal in itertools.product((64, 128), (True, False)):
+        found = sweep.hopper_tiles(kernel, dim, is_causal, 4096)
+        assert len(set(found)) == len(found) >= (2 if kernel == "fused" else 8)
+        for tile in found:
+            assert eval(sweep.source(tile), NAMES) == tile
+            assert tile.consumers in (2, 3) and tile.stages >= 2
+        if kernel == "forward":
+            assert found[0] == tiles.forward_tile(dim, is_causal, 4096)
+            assert {tile.schedule for tile in found} == {"grid", "rounds", "dynamic"}
+            for name in ("row_sums", "takes_turns", "block_s"):
+                assert len({getattr(tile, name) for tile in found}) == 2
 
 
 def test_the_fastest_by_the_geometric_mean_is_to_paste(sweep):
@@ -79,18 +90,33 @@ def test_the_fastest_by_the_geometric_mean_is_to_paste(sweep):
         row(variant="plain", ms={"full": 4.0, "causal": 2.0}),
         row("dkdv", reason="not reached"),
     ]
-    lines = sweep.lines_to_paste(rows, MASKS, "H100")
-    pasted = eval("{" + "\n".join(lines) + "}", {"TileConfig": TileConfig})
-    assert pasted == {
-        "forward": {
-            64: dataclasses.replace(geometric, measured_on="H100"),
-            128: dataclasses.replace(SMALL, measured_on="H100"),
-        },
-        "forward plain": {64: dataclasses.replace(SMALL, measured_on="H100")},
+    small, best = (dataclasses.replace(tile, measured_on="H100") for tile in (SMALL, geometric))
+    assert pasted(sweep.lines_to_paste(rows, MASKS, "H100")) == {
+        "forward": {64: best, 128: small},
+        "forward plain": {64: small},
     }
     assert sweep.lines_to_paste(rows[3:5], MASKS, "H100") == []
     only_full = sweep.lines_to_paste(rows[:5], ["full"], "H100")
     assert "TileConfig(32, 32, 4, 1" in only_full[0]
+
+
+def test_the_fastest_of_each_mask_is_to_paste_for_hopper(sweep):
+    slow, fast = tiles.DqTile(2, 64, 2, True), tiles.DqTile(3, 64, 2, False)
+    forward = tiles.ForwardTile(3, 64, 4, "product", True, "dynamic")
+    rows = [
+        hopper_row("forward", config=forward, ms={"causal": 1.0}),
+        hopper_row("dq", config=slow, ms={"causal": 3.0}),
+        hopper_row("dq", config=fast, candidate=1, ms={"causal": 2.0}),
+        hopper_row("dq", "full", slow, ms={"full": 1.0}),
+        hopper_row("dq", "full", fast, candidate=1, reason="wrong"),
+    ]
+    assert pasted(sweep.lines_to_paste(rows, MASKS, "H100")) == {
+        "forward": {(64, True): forward},
+        "dq": {(64, True): fast, (64, False): slow},
+    }
+    printed = "\n".join(sweep.report(rows, MASKS, 4096))
+    for part in ("dq centred D=64 causal", "dq centred D=64 full", "(present)", "wrong", "0.667"):
+        assert part in printed
 
 
 def test_the_report_has_times_ratios_and_reasons(sweep):
@@ -107,7 +133,7 @@ def test_the_report_has_times_ratios_and_reasons(sweep):
 
 
 @pytest.mark.parametrize(
-    "gpu, name",
+    ("gpu", "name"),
     [
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
@@ -150,36 +176,46 @@ def test_jobs_past_the_limit_are_not_started(sweep):
     assert answer == {"reason": "not reached before the limit"}
 
 
-WRONG = {
-    "forward": lambda q, k, v, out: (q, k, v, out * 1.03),
-    "dkdv": lambda q, k, v, out: (q, _scaled_gradient(k), v, out),
-    "dq": lambda q, k, v, out: (_scaled_gradient(q), k, v, out),
-}
-
-
-def _scaled_gradient(x):
+def scaled_gradient(x):
     x = x.clone()
     x.register_hook(lambda gradient: gradient * 1.03)
     return x
 
 
-@pytest.mark.parametrize("variant", ["", "plain"])
-@pytest.mark.parametrize("kernel", WRONG)
+WRONG = {
+    "forward": lambda q, k, out: (q, k, out * 1.03),
+    "dkdv": lambda q, k, out: (q, scaled_gradient(k), out),
+    "dq": lambda q, k, out: (scaled_gradient(q), k, out),
+    "fused": lambda q, k, out: (scaled_gradient(q), k, out),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "kernel"),
+    [
+        *itertools.product(["portable"], ["", "plain"], ["forward", "dkdv", "dq"]),
+        *itertools.product(["hopper"], [""], HOPPER),
+    ],
+)
 def test_the_check_accepts_right_results_and_refuses_wrong_ones(
-    kernel, variant, sweep, device, monkeypatch
+    family, variant, kernel, sweep, hopper, device, monkeypatch
 ):
-    job = row(kernel, variant, dim=16)
-    found = sweep.check(job, length=80, device=str(device))
-    assert len(found["forms"]) == (0 if device.type == "cpu" else 1 + (kernel == "forward"))
+    is_hopper = family == "hopper"
+    candidate = hopper_row(kernel) if is_hopper else row(kernel, variant, dim=16)
+    with hopper() if is_hopper else contextlib.nullcontext():
+        found = sweep.check(candidate, length=80, device=device.type)["forms"]
+        assert bool(found) == (device.type == "cuda")
+        if found and not is_hopper:
+            assert len(found) == 1 + (kernel == "forward")
 
-    def wrong(q, k, v, residual, **options):
-        q, k, v, factor = WRONG[kernel](q, k, v, 1.0)
-        out, lse = shaped_attention(q, k, v, residual, impl="triton", **options)
-        return out * factor, lse
+        def wrong(q, k, v, residual, **options):
+            q, k, factor = WRONG[kernel](q, k, 1.0)
+            out, lse = shaped_attention(q, k, v, residual, impl="triton", **options)
+            return out * factor, lse
 
-    monkeypatch.setattr(sweep, "triton_attention", wrong)
-    with pytest.raises(AssertionError, match="over the budget"):
-        sweep.check(job, length=80, device=str(device))
+        monkeypatch.setattr(sweep, "triton_attention", wrong)
+        with pytest.raises(AssertionError, match="over the budget"):
+            sweep.check(candidate, length=80, device=device.type)
 
 
 def test_the_check_reaches_the_running_form(sweep, device, monkeypatch):
@@ -191,39 +227,86 @@ def test_the_check_reaches_the_running_form(sweep, device, monkeypatch):
 
     monkeypatch.setattr(sweep.launch.Launch, "__call__", without_running_form)
     with pytest.raises(AssertionError):
-        sweep.check(row(dim=16), length=80, device=str(device))
+        sweep.check(row(dim=16), length=80, device=device.type)
 
 
-@pytest.mark.parametrize("kernel", WRONG)
-def test_only_the_launches_of_the_kernel_are_timed(kernel, sweep, device, monkeypatch):
-    replayed = []
+@pytest.mark.slow
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kernel", HOPPER)
+def test_candidates_of_hopper_are_right_or_do_not_fit(kernel, dim, sweep, hopper):
+    """A tile that a kernel is not made for could write anywhere on a GPU."""
+    fitting = 0
+    for tile in sweep.hopper_tiles(kernel, dim, True, 4096):
+        with hopper():
+            try:
+                sweep.check(hopper_row(kernel, config=tile, dim=dim), length=80, device="cpu")
+                fitting += 1
+            except Exception as error:
+                assert "shared memory" in str(error), (tile, error)
+    assert fitting > 1
+
+
+@pytest.fixture
+def replayed(sweep, monkeypatch):
+    """Names and constants of the launches of everything that is timed; times are 1, 2, 3 ..."""
+    found = []
 
     def do_bench(function, **options):
         launches = []
         run = sweep.launch.Launch.__call__
 
         def record(self, *varying):
-            launches.append((self.kernel.fn.__name__, self.constants["BLOCK_T"]))
+            launches.append((self.kernel.fn.__name__, self.constants))
             run(self, *varying)
 
         with monkeypatch.context() as patch:
             patch.setattr(sweep.launch.Launch, "__call__", record)
             function()
-        replayed.append(launches)
-        return float(len(replayed))
+        found.append(launches)
+        return float(len(found))
 
     monkeypatch.setattr(sweep.triton.testing, "do_bench", do_bench)
-    monkeypatch.setattr(sweep, "TOKENS", 64)
-    monkeypatch.setattr(sweep, "WIDTH", 32)
-    monkeypatch.setattr(sweep, "ROUNDS", 2)
+    return found
+
+
+def shrink(sweep, monkeypatch, **sizes):
+    for name, value in sizes.items():
+        monkeypatch.setattr(sweep, name, value)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
+def test_only_the_launches_of_the_kernel_are_timed(kernel, sweep, replayed, device, monkeypatch):
+    shrink(sweep, monkeypatch, TOKENS=64, WIDTH=32, ROUNDS=2)
     rows = [row(kernel, dim=16), row(kernel, dim=16, config=dataclasses.replace(SMALL, block_t=32))]
-    answers = sweep.time_group(rows, MASKS, 64, seconds=100, device=str(device))["answers"]
+    answers = sweep.time_group(rows, MASKS, 64, seconds=100, device=device.type)["answers"]
     forms = 2 if kernel == "forward" else 1
     (name,) = sweep.FAMILIES["portable"].functions[kernel]
     turn = [[(name, block_t)] * forms for block_t in (16, 16, 32, 32)]
-    assert replayed == turn * 2
+    found = [[(name, constants["BLOCK_T"]) for name, constants in once] for once in replayed]
+    assert found == turn * 2
     # Medians of what do_bench said in both rounds.
     assert answers == [{"ms": {"full": 3.0, "causal": 4.0}}, {"ms": {"full": 5.0, "causal": 6.0}}]
+
+
+@pytest.mark.parametrize("kernel", HOPPER)
+def test_the_launches_of_hopper_are_timed(kernel, sweep, replayed, hopper, device, monkeypatch):
+    """With all that they need to be launched again: the counter that programs take tiles from."""
+    shrink(sweep, monkeypatch, TOKENS=70, WIDTH=64, ROUNDS=1)
+    rows = [hopper_row(kernel), hopper_row(kernel, "full", candidate=1)]
+    with hopper():
+        answers = sweep.time_group(rows, MASKS, 70, 100, device=device.type)
+    assert answers["answers"] == [{"ms": {"causal": 1.0}}, {"ms": {"full": 2.0}}]
+    expected = {
+        "forward": ["attention_fwd_kernel"],
+        "dkdv": ["attention_bwd_dkdv_kernel"],
+        "dq": ["attention_bwd_dq_kernel"],
+        "fused": ["attention_bwd_dkdv_kernel", "convert_dq_kernel"],
+    }[kernel]
+    for launches in replayed:
+        names = [name for name, _ in launches]
+        assert names[-len(expected) :] == expected
+        assert ("value_prefix_kernel" in names) == (kernel == "forward")
 
 
 def test_a_whole_sweep_with_made_up_answers(sweep, tmp_path, monkeypatch, capsys):
@@ -256,18 +339,37 @@ def test_a_whole_sweep_with_made_up_answers(sweep, tmp_path, monkeypatch, capsys
     result = json.loads(output.read_text())
     printed = capsys.readouterr().out
     assert result["environment"] == {"gpus": ["made up"]} and result["architecture"] == 90
-    pasted = eval("{" + "".join(result["to paste"]) + "}", {"TileConfig": TileConfig})
-    assert {name: sorted(entry) for name, entry in pasted.items()} == {
+    found = pasted(result["to paste"])
+    assert {name: sorted(entry) for name, entry in found.items()} == {
         "forward": [64, 128],
         "forward plain": [64, 128],
         "dkdv": [64, 128],
         "dkdv plain": [64, 128],
         "dq": [64],
     }
-    for row in result["candidates"]:
-        if row["candidate"] == 2 and (row["kernel"], row["dim"]) != ("dq", 128):
-            name = f"{row['kernel']} {row['variant']}".strip()
-            expected = TileConfig(**row["config"] | {"measured_on": "H100"})
-            assert pasted[name][row["dim"]] == expected
+    for one in result["candidates"]:
+        if one["candidate"] == 2 and (one["kernel"], one["dim"]) != ("dq", 128):
+            name = f"{one['kernel']} {one['variant']}".strip()
+            expected = TileConfig(**one["config"] | {"measured_on": "H100"})
+            assert found[name][one["dim"]] == expected
             assert sweep.source(expected) in printed
     assert "wrong" in printed and "not reached before the limit" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernels", "fused"], "--kernels must be of the family portable, got fused"),
+        (["--family", "hopper", "--compile-only", "80"], "must be compiled for 90"),
+        (["--family", "hopper"], "must run on a Hopper GPU (sm_90), this is 80"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message, sweep, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.launch, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sweep, "architecture", lambda: 80)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        sweep.main()
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,36 +1,20 @@
 """The script behind `make sanitize`, as far as it goes without a GPU."""
 
-import importlib.util
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT, load_script
 
-SCRIPT = Path(__file__).parents[1] / "sanitize.py"
+from shaped_attn.testing import record_families
 
 
 @pytest.fixture
 def sanitize():
-    spec = importlib.util.spec_from_file_location("sanitize", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_without_a_gpu_it_says_what_it_needs(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    for part in ("compute-sanitizer on PATH", "a GPU that torch sees", "emulator"):
-        assert part in done.stderr
+    return load_script(ROOT / "tests/sanitize.py")
 
 
 def test_the_calls_run_on_the_hopper_kernels(sanitize, hopper, device):
-    from shaped_attn.testing import record_families
-
     with hopper(), record_families() as ran:
         assert sanitize.calls(device.type, (7, 70)) == 12
     assert ran == {"hopper"}

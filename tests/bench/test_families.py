@@ -1,31 +1,20 @@
 """The benchmark of the operator where the Hopper kernels can run: families beside each other."""
 
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from shaped_attn import speed
+from shaped_attn.commands.bench import tables
 from shaped_attn.testing import Case, record_families
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason="the benchmark is in the repository")
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    """`bench_attention`, for this test."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    before = set(sys.modules)
+def bench(bench_modules):
     import bench_attention
 
-    yield bench_attention
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
-            del sys.modules[name]
+    return bench_attention
 
 
 def entry_of(bench, device, **changes):
@@ -79,8 +68,10 @@ def test_ratios_of_families_are_in_the_report(bench):
         "family": "hopper",
         **found,
     }
-    titles = [str(table.title) for table in speed.tables(speed.Report([entry], {}, {}, []))]
-    assert any("kernels for Hopper" in title for title in titles)
+
+    def titles():
+        return "".join(str(table.title) for table in tables(speed.Report([entry], {}, {}, [])))
+
+    assert "kernels for Hopper" in titles()
     del entry["hopper_vs_portable"]
-    titles = [str(table.title) for table in speed.tables(speed.Report([entry], {}, {}, []))]
-    assert not any("kernels for Hopper" in title for title in titles)
+    assert "kernels for Hopper" not in titles()
