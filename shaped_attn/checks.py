@@ -108,6 +108,13 @@ def check_choice(name: str, value: T, choices: Collection[T]) -> T:
     return value
 
 
+def check_choice_or_number(name: str, value: object, choices: Collection[str]) -> str | float:
+    """Return ``value`` if it is one of ``choices``, or as a float if it is a finite number."""
+    if isinstance(value, str):
+        return check_choice(name, value, choices)
+    return check_number(name, value)
+
+
 def check_divides(name: str, value: int, other_name: str, other: int) -> None:
     """Check that ``value`` divides ``other``."""
     if other % value != 0:

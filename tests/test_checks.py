@@ -3,6 +3,7 @@
 import math
 import re
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from shaped_attn.checks import (
     check_choice,
+    check_choice_or_number,
     check_divides,
     check_flag,
     check_int,
@@ -32,6 +34,8 @@ from shaped_attn.checks import (
         (check_numbers, torch.tensor([2.0, 1.0]), (2.0, 1.0)),
         (check_numbers, np.array([2, 1]), (2.0, 1.0)),
         (check_flag, False, False),
+        (partial(check_choice_or_number, choices=("a",)), "a", "a"),
+        (partial(check_choice_or_number, choices=("a",)), 1, 1.0),
     ],
 )
 def test_a_value_comes_back_in_its_normal_type(check, value, wanted):
@@ -65,6 +69,8 @@ def test_a_value_comes_back_in_its_normal_type(check, value, wanted):
         (check_flag, (1,), TypeError, "x must be True or False, got 1"),
         (check_choice, ("c", ("a", None)), ValueError, "x must be one of 'a', None, got 'c'"),
         (check_choice, ([], {"a": 1}), ValueError, "x must be one of 'a', got []"),
+        (check_choice_or_number, ("b", ("a",)), ValueError, "x must be one of 'a', got 'b'"),
+        (check_choice_or_number, (None, ("a",)), TypeError, "x must be a number, got None"),
         (check_divides, (4, "y", 6), ValueError, "x must divide y, 6, got 4"),
         (check_shape, (torch.ones(2, 3), ("B", 4)), ValueError, "(B, 4), got shape (2, 3)"),
         (check_shape, (torch.ones(2), ("B", 4)), ValueError, "(B, 4), got shape (2,)"),

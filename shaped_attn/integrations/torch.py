@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from ..arguments import Gain
-from ..checks import check_choice, check_number
+from ..checks import check_choice, check_choice_or_number, check_number
 from ..functional import shaped_attention
 from ..validation import IMPLEMENTATIONS
 
@@ -137,7 +137,7 @@ def replace_sdpa(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}. Pass a model.")
-    mode = _Mode(_Attention.checked(identity_gain, softmax_gain, center_gain, scale, impl))
+    mode = _Mode(_Attention(identity_gain, softmax_gain, center_gain, scale, impl))
     made: dict[type[nn.Module], type[nn.Module]] = {}
     classes = {}
     for name, part in module.named_modules():
@@ -158,18 +158,12 @@ def replace_sdpa(
     return ReplacedSdpa(module, classes)
 
 
-def replacing_sdpa(
-    kind: type[nn.Module],
-    *,
-    identity_gain: Gain = 1.0,
-    softmax_gain: Gain = 1.0,
-    center_gain: Gain = 1.0,
-    scale: str | float = "width",
-    impl: str = "auto",
-) -> type[nn.Module]:
+def replacing_sdpa(kind: type[nn.Module], **options: Any) -> type[nn.Module]:
     """Return a subclass of a module's class in whose forward attention is shaped.
 
-    Arguments and what they mean are those of `replace_sdpa`; Tensors are shared by all instances.
+    Args:
+        kind: the class.
+        **options: the keyword arguments of `replace_sdpa`. All instances share their Tensors.
 
     Example:
         timm takes it for its own layer:
@@ -183,8 +177,7 @@ def replacing_sdpa(
         raise TypeError(f"kind must be a class of nn.Module, got {kind!r}. Pass a class.")
     if issubclass(kind, _Replacing):
         raise ValueError(f"kind must not be replaced already, got {kind}. Pass the original class.")
-    mode = _Mode(_Attention.checked(identity_gain, softmax_gain, center_gain, scale, impl))
-    return _subclass(kind, mode)
+    return _subclass(kind, _Mode(_Attention(**options)))
 
 
 def _may_attend(kind: type[nn.Module]) -> bool:
@@ -296,34 +289,21 @@ class _Mode(TorchFunctionMode):
 class _Attention:
     """What takes the place of ``F.scaled_dot_product_attention``."""
 
-    identity_gain: Gain
-    softmax_gain: Gain
-    center_gain: Gain
-    scale: str | float
-    impl: str
+    identity_gain: Gain = 1.0
+    softmax_gain: Gain = 1.0
+    center_gain: Gain = 1.0
+    scale: str | float = "width"
+    impl: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("identity_gain", "softmax_gain", "center_gain"):
+            gain = getattr(self, name)
+            if not isinstance(gain, Tensor):
+                object.__setattr__(self, name, check_number(name, gain))
+        object.__setattr__(self, "scale", check_choice_or_number("scale", self.scale, _SCALES))
+        check_choice("impl", self.impl, IMPLEMENTATIONS)
         # Here, as Dynamo makes no functions.
         object.__setattr__(self, "multi_head_function", _multi_head_attention(self))
-
-    @classmethod
-    def checked(
-        cls, identity_gain: Gain, softmax_gain: Gain, center_gain: Gain, scale: object, impl: str
-    ) -> _Attention:
-        gains = {
-            "identity_gain": identity_gain,
-            "softmax_gain": softmax_gain,
-            "center_gain": center_gain,
-        }
-        for name, gain in gains.items():
-            if not isinstance(gain, Tensor):
-                gains[name] = check_number(name, gain)
-        if isinstance(scale, str):
-            check_choice("scale", scale, _SCALES)
-        else:
-            scale = check_number("scale", scale)
-        check_choice("impl", impl, IMPLEMENTATIONS)
-        return cls(**gains, scale=scale, impl=impl)
 
     def __call__(
         self,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..arguments import Gain
 from ..checks import (
     check_choice,
+    check_choice_or_number,
     check_divides,
     check_flag,
-    check_number,
     check_positive,
     check_shape,
     check_size,
@@ -323,15 +323,15 @@ class ShapedAttention(Initialized, nn.Module):
 
 def _resolve_scale(scale: str | float, tau0: float, width: int, head_dim: int) -> float:
     tau0 = check_positive("tau0", tau0)
+    temperatures = {"width": math.sqrt(width * head_dim), "standard": math.sqrt(head_dim)}
+    scale = check_choice_or_number("scale", scale, temperatures)
     if not isinstance(scale, str):
         if tau0 != 1.0:
             raise ValueError(
                 'tau0 must keep its default 1.0 unless scale is "width" or "standard", got '
                 f"{tau0}. Divide scale by it, and leave tau0 out."
             )
-        return check_number("scale", scale)
-    temperatures = {"width": math.sqrt(width * head_dim), "standard": math.sqrt(head_dim)}
-    check_choice("scale", scale, tuple(temperatures))
+        return scale
     return 1.0 / (tau0 * temperatures[scale])
 
 

@@ -961,7 +961,7 @@ def test_recipe_is_continuous_where_the_attention_is_exchanged():
 
 
 def test_example_of_the_docstring():
-    from shaped_attn.integrations import transformers as module
+    from shaped_attn.integrations.transformers import conversion as module
 
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
