@@ -69,8 +69,7 @@ class Integrator(ABC):
 
     def default_steps(self, limit: Coefficients, time: float) -> int:
         """Return the steps that a prediction up to ``time`` takes if no others are asked for."""
-        # Steps too coarse for the chain are too far from the limit in any scheme.
-        return max(_STEPS, math.ceil(_TOTAL_STEPS / time), Chain().least_steps(limit))
+        return max(_STEPS, math.ceil(_TOTAL_STEPS / time), self.least_steps(limit))
 
     def median_steps(self, limit: Coefficients, time: float, steps: int) -> int:
         """Return how many of ``steps`` are enough if only medians are wanted."""
@@ -79,91 +78,6 @@ class Integrator(ABC):
     def description(self, steps: float) -> str:
         """Say how many steps the scheme takes, and what depends on it."""
         return f"{self.title}, {steps} steps per unit of depth / width"
-
-
-class Chain(Integrator):
-    """The chain (66), which draws the logits and one Wishart matrix W for each step.
-
-    The equation:
-
-        K = skip_gain^2 V + branch_gain^2 mean_h(A_h V A_h^T)
-        K <- K + branch_gain^2 dt mu_mlp(K)
-        V' = C W C^T,    C C^T = K,    W ~ Wishart_m(nu) / nu,    nu = 1 / (kappa dt)
-
-    A_h is the attention matrix of a network of the width 1 / dt, (5) with normal logits. K is a
-    covariance and W is one, so V stays positive semidefinite. Mean and covariance of a step agree
-    with drift dt and diffusion dt up to a relative O(dt).
-    """
-
-    name = "chain"
-    title = "chain"
-
-    def simulation(
-        self, limit: Coefficients, v0: Tensor, step: float, generator: torch.Generator | None
-    ) -> ChainSimulation:
-        """Return what draws the chain from V0, with factors of V as its states."""
-        return ChainSimulation(limit, v0, step, generator)
-
-    def least_steps(self, limit: Coefficients) -> int:
-        """Return the fewest steps per unit of time for m tokens.
-
-        They are 2m, or more: its Wishart matrix has to have m degrees of freedom, and the mean of
-        its MLP to be a covariance, c_n (c_plus - c_minus)^2 / 4 steps, covariance-sde.md section 8.
-        """
-        block = limit.block
-        least = max(2.0, limit.kappa) * len(limit.gain)
-        if block.mlp:
-            least = max(least, limit.mlp_correction * (block.c_plus - block.c_minus) ** 2 / 4)
-        return math.ceil(least)
-
-    def default_steps(self, limit: Coefficients, time: float) -> int:
-        """Return 256, 64 in total, or as many as it takes, but at most one for each layer."""
-        steps = super().default_steps(limit, time)
-        # A chain of the target width has one step for each layer, and is closest to it.
-        if limit.width is not None:
-            steps = max(min(steps, limit.width), self.least_steps(limit))
-        return steps
-
-    def median_steps(self, limit: Coefficients, time: float, steps: int) -> int:
-        """Return 64, 16 in total, or as many as it takes, but at most ``steps``."""
-        enough = max(_MEDIAN_STEPS, math.ceil(_TOTAL_MEDIAN_STEPS / time))
-        return min(steps, max(enough, self.least_steps(limit)))
-
-    def description(self, steps: float) -> str:
-        """Say how many steps the chain takes, and what depends on it."""
-        return f"{super().description(steps)}; with fewer steps fewer paths blow up"
-
-
-class EulerMaruyama(Integrator):
-    """The scheme (41) for V itself, as in the paper; for comparison, since it needs small steps.
-
-    V + drift dt + noise, with eigenvalues raised to 1e-12 of the largest where that is not positive
-    definite.
-    """
-
-    name = "euler_maruyama"
-    title = "Euler-Maruyama"
-
-    def simulation(
-        self, limit: Coefficients, v0: Tensor, step: float, generator: torch.Generator | None
-    ) -> EulerMaruyamaSimulation:
-        """Return what draws the paths from V0, with V as their state."""
-        return EulerMaruyamaSimulation(limit, v0, step, generator)
-
-    def least_steps(self, limit: Coefficients) -> int:
-        """Return 0: it takes steps of any size."""
-        return 0
-
-
-INTEGRATORS = {integrator.name: integrator for integrator in (Chain(), EulerMaruyama())}
-"""The integrators by their name."""
-
-
-def integrator_of(integrator: Integrator | str) -> Integrator:
-    """Return an integrator given as itself or by its name in `INTEGRATORS`."""
-    if isinstance(integrator, Integrator):
-        return integrator
-    return INTEGRATORS[check_choice("integrator", integrator, INTEGRATORS)]
 
 
 class ChainSimulation:
@@ -274,3 +188,82 @@ class EulerMaruyamaSimulation:
             v = v.clone()
             v[is_bad] = (vectors * values[:, None, :]) @ vectors.mT
         return v
+
+
+class Chain(Integrator):
+    """The chain (66), which draws the logits and one Wishart matrix W for each step.
+
+    The equation:
+
+        K = skip_gain^2 V + branch_gain^2 mean_h(A_h V A_h^T)
+        K <- K + branch_gain^2 dt mu_mlp(K)
+        V' = C W C^T,    C C^T = K,    W ~ Wishart_m(nu) / nu,    nu = 1 / (kappa dt)
+
+    A_h is the attention matrix of a network of the width 1 / dt, (5) with normal logits. K is a
+    covariance and W is one, so V stays positive semidefinite. Mean and covariance of a step agree
+    with drift dt and diffusion dt up to a relative O(dt).
+    """
+
+    name = "chain"
+    title = "chain"
+    simulation = ChainSimulation
+
+    def least_steps(self, limit: Coefficients) -> int:
+        """Return the fewest steps per unit of time for m tokens.
+
+        They are 2m, or more: its Wishart matrix has to have m degrees of freedom, and the mean of
+        its MLP to be a covariance, c_n (c_plus - c_minus)^2 / 4 steps, covariance-sde.md section 8.
+        """
+        block = limit.block
+        least = max(2.0, limit.kappa) * len(limit.gain)
+        if block.mlp:
+            least = max(least, limit.mlp_correction * (block.c_plus - block.c_minus) ** 2 / 4)
+        return math.ceil(least)
+
+    def default_steps(self, limit: Coefficients, time: float) -> int:
+        """Return 256, 64 in total, or as many as it takes, but at most one for each layer."""
+        steps = super().default_steps(limit, time)
+        # A chain of the target width has one step for each layer, and is closest to it.
+        if limit.width is not None:
+            steps = max(min(steps, limit.width), self.least_steps(limit))
+        return steps
+
+    def median_steps(self, limit: Coefficients, time: float, steps: int) -> int:
+        """Return 64, 16 in total, or as many as it takes, but at most ``steps``."""
+        enough = max(_MEDIAN_STEPS, math.ceil(_TOTAL_MEDIAN_STEPS / time))
+        return min(steps, max(enough, self.least_steps(limit)))
+
+    def description(self, steps: float) -> str:
+        """Say how many steps the chain takes, and what depends on it."""
+        return f"{super().description(steps)}; with fewer steps fewer paths blow up"
+
+
+class EulerMaruyama(Integrator):
+    """The scheme (41) for V itself, as in the paper; for comparison, since it needs small steps.
+
+    V + drift dt + noise, with eigenvalues raised to 1e-12 of the largest where that is not positive
+    definite.
+    """
+
+    name = "euler_maruyama"
+    title = "Euler-Maruyama"
+    simulation = EulerMaruyamaSimulation
+
+    def least_steps(self, limit: Coefficients) -> int:
+        """Return 0: it takes steps of any size."""
+        return 0
+
+    def default_steps(self, limit: Coefficients, time: float) -> int:
+        """Return 256, 64 in total, or as many as the chain, for which coarser ones are no use."""
+        return max(super().default_steps(limit, time), Chain().least_steps(limit))
+
+
+INTEGRATORS = {integrator.name: integrator for integrator in (Chain(), EulerMaruyama())}
+"""The integrators by their name."""
+
+
+def integrator_of(integrator: Integrator | str) -> Integrator:
+    """Return an integrator given as itself or by its name in `INTEGRATORS`."""
+    if isinstance(integrator, Integrator):
+        return integrator
+    return INTEGRATORS[check_choice("integrator", integrator, INTEGRATORS)]

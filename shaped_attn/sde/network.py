@@ -92,24 +92,17 @@ class FiniteNetwork(BlockSettings):
         self, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> ShapedBlock:
         """Return one block of these settings, initialised."""
+        names = ("branch_gain", "attention", "mlp", "head_dim", "is_causal", "out_proj")
+        names += ("softmax_gain", "mlp_ratio", "c_plus", "c_minus")
         block = ShapedBlock(
             self.width,
             self.heads,
-            branch_gain=self.branch_gain,
+            **{name: getattr(self, name) for name in names},
             skip_gain=self.detuned_skip_gain,
             preserves_variance=False,
-            attention=self.attention,
-            mlp=self.mlp,
-            head_dim=self.head_dim,
-            is_causal=self.is_causal,
-            out_proj=self.out_proj,
             scale=self.scale_value,
             identity_gain=self.identity_gain + self.detuning.identity / self.width,
-            softmax_gain=self.softmax_gain,
             center_gain=self.detuned_center_gain,
-            mlp_ratio=self.mlp_ratio,
-            c_plus=self.c_plus,
-            c_minus=self.c_minus,
             dtype=dtype,
             device=device,
         )

@@ -41,8 +41,8 @@ def equicorrelated(
     return variance * ((1 - correlation) * identity + correlation)
 
 
-def check_covariance(name: str, v: Tensor) -> None:
-    """Check that ``v`` (..., m, m) is symmetric, finite and positive semidefinite."""
+def check_covariance(name: str, v: Tensor, *, is_one: bool = False) -> None:
+    """Check that ``v`` (..., m, m), or (m, m), is symmetric, finite and positive semidefinite."""
     if not isinstance(v, Tensor):
         fail(TypeError, name, "must be a torch.Tensor", type(v).__name__, "Pass a tensor.")
     if v.dtype not in (torch.float32, torch.float64):
@@ -50,6 +50,9 @@ def check_covariance(name: str, v: Tensor) -> None:
     if v.ndim < 2 or v.shape[-1] != v.shape[-2] or v.shape[-1] == 0:
         rule, got = "must be (..., m, m) for at least one token", f"shape {tuple(v.shape)}"
         fail(ValueError, name, rule, got, "Give a square matrix.")
+    if is_one and v.ndim != 2:
+        rule, got = "must be one (m, m) matrix", f"shape {tuple(v.shape)}"
+        fail(ValueError, name, rule, got, "Pass one after the other.")
     if v.numel() == 0:
         return
     if not v.isfinite().all():
@@ -73,10 +76,7 @@ def check_start(
     v0: Tensor, eigenvalue_range: tuple[float, float], generator: torch.Generator | None = None
 ) -> None:
     """Check that V0 is one covariance inside the admissible eigenvalues, and on what draws."""
-    check_covariance("v0", v0)
-    if v0.ndim != 2:
-        got = f"shape {tuple(v0.shape)}"
-        fail(ValueError, "v0", "must be one (m, m) matrix", got, "Call sample once for each.")
+    check_covariance("v0", v0, is_one=True)
     low, high = check_range(eigenvalue_range)
     if not locate(v0[None], low, high)[0].all():
         values = torch.linalg.eigvalsh(v0.double())

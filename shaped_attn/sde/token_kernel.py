@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_flag, check_number, check_size, fail
+from ..checks import check_choice, check_flag, check_number, check_size, fail
 from ..nn.activations import Activation, activation_kernel, correlations
 from ..nn.positions import rotary_table
 from ..priors import ESPA, USPA, prior_matrix
@@ -81,23 +81,15 @@ class Propagation:
             TypeError, ValueError: there is not one for each layer, or one is none of these.
         """
         if len(targets) != self.layers:
-            fail(
-                ValueError,
-                "targets",
-                f"must have one for each of the {self.layers} layers",
-                len(targets),
-                "A schedule of priors is one.",
-            )
-        kernels = [
-            target.kernel(self.tokens).to(self.kernels)
-            if isinstance(target, (ESPA, USPA))
-            else _check_matrix(f"targets[{index}]", target, self.tokens)
-            for index, target in enumerate(targets)
-        ]
-        found = [
-            (after - target).abs().max()
-            for after, target in zip(self.kernels[1:], kernels, strict=True)
-        ]
+            rule = f"must have one for each of the {self.layers} layers"
+            fail(ValueError, "targets", rule, len(targets), "A schedule of priors is one.")
+        found = []
+        for index, target in enumerate(targets):
+            if isinstance(target, (ESPA, USPA)):
+                target = target.kernel(self.tokens).to(self.kernels)
+            else:
+                target = _check_matrix(f"targets[{index}]", target, self.tokens)
+            found.append((self.kernels[index + 1] - target).abs().max())
         return torch.stack(found)
 
 
@@ -159,13 +151,14 @@ def propagate(
     References:
         He et al., Deep Transformers without Shortcuts, arXiv 2302.10322; papers.md (P7).
     """
-    sigma = _check_kernel(sigma0)
+    check_covariance("sigma0", sigma0, is_one=True)
     check_flag("is_causal", is_causal)
     check_flag("has_normalization", has_normalization)
     skip = check_number("skip_gain", skip_gain) ** 2
     branch = check_number("branch_gain", branch_gain) ** 2
     mlp_skip = check_number("mlp_skip_gain", mlp_skip_gain) ** 2
     mlp_branch = check_number("mlp_branch_gain", mlp_branch_gain) ** 2
+    sigma = sigma0.to("cpu", torch.float64)
     kernels = [sigma]
     for index, prior in enumerate(priors):
         a = _matrix(f"priors[{index}]", prior, len(sigma), is_causal)
@@ -215,14 +208,7 @@ def input_kernel(
         fail(TypeError, "ids", "must be an integer Tensor", got, "Pass the numbers of the tokens.")
     if ids.ndim != 1 or len(ids) == 0:
         fail(ValueError, "ids", "must be (T,)", f"shape {tuple(ids.shape)}", "Pass one sequence.")
-    if positions not in POSITIONS:
-        fail(
-            ValueError,
-            "positions",
-            f"must be one of {', '.join(map(repr, POSITIONS))}",
-            repr(positions),
-            "Leave it out for none.",
-        )
+    check_choice("positions", positions, POSITIONS)
     weight = check_number("position_weight", position_weight, 0.0, 1.0)
     if check_size("width", width) % 2:
         fail(ValueError, "width", "must be even", width, "A sine and a cosine take two.")
@@ -252,28 +238,12 @@ def _matrix(name: str, prior: object, tokens: int, is_causal: bool) -> Tensor:
 def _check_matrix(name: str, matrix: object, tokens: int) -> Tensor:
     """Return a finite matrix, (T, T) or (H, T, T), in float64."""
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        fail(
-            TypeError,
-            name,
-            "must be ESPA, USPA or a floating Tensor",
-            matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__,
-            "A prior may also be None, the uniform one.",
-        )
+        rule, remedy = "must be ESPA, USPA or a floating Tensor", "None is the uniform prior."
+        got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        fail(TypeError, name, rule, got, remedy)
     if matrix.ndim not in (2, 3) or tuple(matrix.shape[-2:]) != (tokens, tokens):
-        fail(
-            ValueError,
-            name,
-            f"must be (T, T) or (H, T, T) for T = {tokens}",
-            f"shape {tuple(matrix.shape)}",
-            "It acts on the tokens of sigma0.",
-        )
+        rule, got = f"must be (T, T) or (H, T, T) for T = {tokens}", f"shape {tuple(matrix.shape)}"
+        fail(ValueError, name, rule, got, "It acts on the tokens of sigma0.")
     if not matrix.isfinite().all():
         fail(ValueError, name, "must be finite", "NaN or infinity in it", "Pass A0, not its log.")
     return matrix.to("cpu", torch.float64)
-
-
-def _check_kernel(sigma0: Tensor) -> Tensor:
-    check_covariance("sigma0", sigma0)
-    if sigma0.ndim != 2:
-        fail(ValueError, "sigma0", "must be (T, T)", f"shape {tuple(sigma0.shape)}", "Pass one.")
-    return sigma0.to("cpu", torch.float64)

@@ -437,3 +437,23 @@ class TestSteps:
                 "got -20 ... more steps",
             )
         sde.sample(eye, 1.0, 2, 8, integrator="euler_maruyama", eigenvalue_range=(0, 1e4))
+
+    @pytest.mark.parametrize(
+        ("arguments", "tokens", "time", "chain", "euler_maruyama"),
+        [
+            ({}, 3, 1.0, (256, 64), (256, 256)),
+            ({}, 3, 0.1, (640, 160), (640, 640)),  # 64 and 16 in total
+            ({"width": 96}, 3, 1.0, (96, 64), (256, 256)),  # a step for each layer
+            ({"width": 96}, 60, 1.0, (120, 120), (256, 256)),  # no fewer than 2 m
+            ({}, 140, 1.0, (280, 280), (280, 280)),
+        ],
+    )
+    def test_of_a_prediction_and_of_its_medians(
+        self, arguments, tokens, time, chain, euler_maruyama
+    ):
+        limit = CovarianceSDE(mlp=False, **arguments).coefficients(tokens)
+        for name, expected in (("chain", chain), ("euler_maruyama", euler_maruyama)):
+            integrator = INTEGRATORS[name]
+            steps = integrator.default_steps(limit, time)
+            assert (steps, integrator.median_steps(limit, time, steps)) == expected
+            assert f"{steps} steps per unit" in integrator.description(steps)

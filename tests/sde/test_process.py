@@ -232,7 +232,7 @@ class TestErrors:
         [
             (
                 {"v0": EYE.expand(2, 3, 3)},
-                "v0 ... one (m, m) matrix ... got shape (2, 3, 3) ... once for each",
+                "v0 ... one (m, m) matrix ... got shape (2, 3, 3) ... one after",
             ),
             (
                 {"v0": torch.ones(2, 2).double()},

@@ -270,8 +270,7 @@ LIMIT_ERRORS = [
     ),
     (
         {"skip_gain": 0.9},
-        "skip_gain ... = 1 for a limit ... got 0.9, which makes that 1.06 ... "
-        "detuning.variance",
+        "skip_gain ... = 1 for a limit ... got 0.9, which makes that 1.06 ... detuning.variance",
     ),
     (
         {"skip_gain": math.sqrt(0.75), "identity_gain": 0.5, "mlp": False},

@@ -387,7 +387,7 @@ def test_arguments_of_propagate():
     for sigma0, error, message in (
         (eye.tolist(), TypeError, "sigma0 must be a torch.Tensor"),
         (eye.int(), TypeError, "sigma0 must be float64 or float32"),
-        (eye[None], ValueError, r"sigma0 must be \(T, T\)"),
+        (eye[None], ValueError, r"sigma0 must be one \(m, m\) matrix"),
         (eye[:2], ValueError, "sigma0 must be"),
         (-eye, ValueError, "sigma0 must be positive semidefinite"),
         (eye + torch.ones(3, 3).triu(1), ValueError, "sigma0 must be symmetric"),
