@@ -93,6 +93,7 @@ class ShapedAttention(Initialized, nn.Module):
         gain_scheme: "fixed" (the default), "learn" or "recover"; see `ShapingGains`.
         learned_gains: gains that "learn" trains. Default ("identity_gain", "center_gain").
         impl: as in `shaped_attn.shaped_attention`. Default "auto".
+        deterministic: whether equal inputs give equal bits, as there. Default True.
         device: of the parameters. Default: torch's default device.
         dtype: of the parameters. Default: torch's default dtype.
 
@@ -131,6 +132,7 @@ class ShapedAttention(Initialized, nn.Module):
         gain_scheme: str = "fixed",
         learned_gains: Sequence[str] = ("identity_gain", "center_gain"),
         impl: str = "auto",
+        deterministic: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -142,8 +144,7 @@ class ShapedAttention(Initialized, nn.Module):
         check_divides("kv_heads", self.kv_heads, "heads", heads)
         value_dim = width // heads
         self.head_dim = check_size("head_dim", value_dim if head_dim is None else head_dim)
-        check_flag("is_causal", is_causal)
-        self.is_causal = is_causal
+        self.is_causal = check_flag("is_causal", is_causal)
         check_choice("query_proj", query_proj, QUERY_PROJECTIONS)
         check_choice("key_proj", key_proj, KEY_PROJECTIONS)
         check_choice("value_proj", value_proj, VALUE_PROJECTIONS)
@@ -160,8 +161,8 @@ class ShapedAttention(Initialized, nn.Module):
                 "Call shaped_attention for another prior."
             )
         self.prior = prior
-        check_choice("impl", impl, IMPLEMENTATIONS)
-        self.impl = impl
+        self.impl = check_choice("impl", impl, IMPLEMENTATIONS)
+        self.deterministic = check_flag("deterministic", deterministic)
         self.scale = _resolve_scale(scale, tau0, width, self.head_dim)
 
         factory = {"device": device, "dtype": dtype}
@@ -308,6 +309,7 @@ class ShapedAttention(Initialized, nn.Module):
                 "attn_mask": attn_mask,
                 "prior": self.prior,
                 "impl": self.impl,
+                "deterministic": self.deterministic,
             },
         )
 

@@ -189,7 +189,8 @@ class ShapedBlock(TransformerBlock):
         norm: None (the default, as in the theory), "rms" (`torch.nn.RMSNorm`) or "layer"
             (`torch.nn.LayerNorm`), with eps 1e-6.
         kv_heads, head_dim, is_causal, out_proj, scale, tau0: as in `ShapedAttention`.
-        identity_gain, softmax_gain, center_gain, gain_scheme, learned_gains, impl: likewise.
+        identity_gain, softmax_gain, center_gain, gain_scheme, learned_gains: likewise.
+        impl, deterministic: likewise.
         mlp_ratio, c_plus, c_minus, trainable_slopes: as in `ShapedMLP`.
         device: of the parameters. Default: torch's default device.
         dtype: of the parameters. Default: torch's default dtype.
@@ -227,6 +228,7 @@ class ShapedBlock(TransformerBlock):
         gain_scheme: str = "fixed",
         learned_gains: Sequence[str] = ("identity_gain", "center_gain"),
         impl: str = "auto",
+        deterministic: bool = True,
         mlp_ratio: float = 1.0,
         c_plus: float = 0.0,
         c_minus: float = -1.0,
@@ -263,6 +265,7 @@ class ShapedBlock(TransformerBlock):
                 gain_scheme=gain_scheme,
                 learned_gains=learned_gains,
                 impl=impl,
+                deterministic=deterministic,
                 **factory,
             )
         if mlp:

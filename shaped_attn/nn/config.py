@@ -84,6 +84,11 @@ class ModelConfig:
         4.0, check=check_positive, help="Hidden width of the MLP over the width."
     )
     impl: str = setting("auto", choices=IMPLEMENTATIONS, help="Implementation of attention.")
+    deterministic: bool = setting(
+        True,
+        help="Whether equal inputs give equal bits; without, gradients of queries are summed in "
+        "any order, which is faster on a Hopper GPU.",
+    )
     branch_gain: float = setting(0.5, help="Weight of each branch.")
     skip_gain: float | None = setting(
         None, none="sqrt(1 - branch_gain^2)", help="Weight of each skip path."

@@ -178,6 +178,7 @@ def build_blocks(
     head_dim: int | None = None,
     mlp_ratio: float = 1.0,
     impl: str = "auto",
+    deterministic: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[TransformerBlock]:
@@ -213,6 +214,7 @@ def build_blocks(
             gain_scheme="learn" if described.learned_gains else "fixed",
             learned_gains=described.learned_gains,
             impl=impl,
+            deterministic=deterministic,
             **factory,
         )
         activation = _activation(law, has_skip, depth)

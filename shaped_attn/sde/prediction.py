@@ -47,7 +47,9 @@ _BAND_HALF_WIDTH = 0.05
 _TUNING_PATHS = 1024
 _CHUNK = {"cpu": 512}  # paths at a time: what an interruption may cost
 
-def _checked_matrix(name: str, rows: Any) -> tuple[tuple[float, ...], ...]:
+
+def check_matrix(name: str, rows: Any) -> tuple[tuple[float, ...], ...]:
+    """Return the rows of a square matrix of numbers."""
     is_matrix = isinstance(rows, list | tuple) and rows
     if not (is_matrix and all(isinstance(r, list | tuple) and len(r) == len(rows) for r in rows)):
         remedy = "Give the m x m covariance of the tokens, row by row."
@@ -56,9 +58,7 @@ def _checked_matrix(name: str, rows: Any) -> tuple[tuple[float, ...], ...]:
             lengths = [len(r) if isinstance(r, list | tuple) else type(r).__name__ for r in rows]
             got = f"{len(rows)} rows, of lengths {reprlib.repr(lengths)}"
         fail(ValueError, name, "must be a square matrix", got, remedy)
-    return tuple(
-        tuple(check_number(f"an entry of {name}", value) for value in row) for row in rows
-    )
+    return tuple(tuple(check_number(f"an entry of {name}", value) for value in row) for row in rows)
 
 
 @documented
@@ -67,7 +67,7 @@ class Settings(ModelConfig):
     """A model that the covariance SDE describes, and how to simulate it.
 
     It is one of method "shaped", with skips, without normalisation, and with keys and values for
-    each head. What ``gain_scheme`` does later and the ``impl`` have no effect.
+    each head. What ``gain_scheme`` does later, ``impl`` and ``deterministic`` have no effect.
 
     Raises:
         TypeError, ValueError: a value is of the wrong type or out of its range, or the model is
@@ -83,8 +83,8 @@ class Settings(ModelConfig):
     variance: float | None = setting(None, none="1", help="Variance of each token at the start.")
     v0: tuple[tuple[float, ...], ...] | None = setting(
         None,
-        check=_checked_matrix,
-        help="Their covariance instead of these three, row by row; in files also .npy or .json.",
+        check=check_matrix,
+        help="Their covariance instead of these three: its rows, or a .npy or .json file of them.",
     )
     causal: bool = setting(True, help="Whether tokens see earlier ones only.")
     attention: bool = setting(True, help="Whether blocks have attention.")
@@ -296,9 +296,7 @@ class Prediction:
         for interval in (self.tuning.branch_gain, self.tuning.tau0):
             if interval is not None and interval.is_found:
                 name = interval.parameter
-                low, high = (
-                    getattr(end.candidate, name) for end in (interval.low, interval.high)
-                )
+                low, high = (getattr(end.candidate, name) for end in (interval.low, interval.high))
                 nearest = min(max(model[name], low), high)
                 return model | {name: nearest, "skip_gain": None}
         return None

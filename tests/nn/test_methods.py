@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from shaped_attn import shaped_attention
 from shaped_attn.nn import (
     METHODS,
     MLP,
@@ -20,6 +21,7 @@ from shaped_attn.nn import (
     ShapedTransformer,
     ShapedTransformerConfig,
     TransformerBlock,
+    attention,
     initializers,
     parameter_groups,
 )
@@ -211,10 +213,26 @@ def test_fields_of_shaped_are_for_shaped_alone():
         with pytest.raises(ValueError, match=rf'{name} must keep its default for method="pre_ln"'):
             config("pre_ln", **{name: value})
     # What is left of the arguments of a block has a meaning for all.
-    shared = {"norm", "heads", "kv_heads", "head_dim", "impl", "mlp_ratio", "width"}
+    shared = {"norm", "heads", "kv_heads", "head_dim", "mlp_ratio", "width"}
+    shared |= {"impl", "deterministic"}
     block = {f.name for f in dataclasses.fields(ShapedTransformerConfig)}
     block &= set(ShapedBlock.__init__.__annotations__)
     assert block == set(SHAPED_FIELDS) | shared
+
+
+@pytest.mark.parametrize("method", ["shaped", "e_spa"])
+def test_whether_sums_keep_their_order_reaches_the_operator(method, monkeypatch, device):
+    seen = []
+
+    def record(*args, **options):
+        seen.append(options["deterministic"])
+        return shaped_attention(*args, **options)
+
+    monkeypatch.setattr(attention, "shaped_attention", record)
+    for deterministic in (True, False):
+        model = build(device, method, deterministic=deterministic)
+        model(torch.zeros(1, 3, dtype=torch.long, device=device))
+    assert seen == [True] * len(model.blocks) + [False] * len(model.blocks)
 
 
 @given(

@@ -109,6 +109,7 @@ def test_block_passes_its_arguments_on():
         gain_scheme="learn",
         learned_gains=("softmax_gain",),
         impl="reference",
+        deterministic=False,
         mlp_ratio=2,
         c_plus=0.5,
         c_minus=-0.5,
@@ -116,7 +117,7 @@ def test_block_passes_its_arguments_on():
     )
     attention, mlp = block.attention, block.mlp
     assert (attention.heads, attention.kv_heads, attention.head_dim) == (4, 2, 3)
-    assert attention.is_causal and attention.impl == "reference"
+    assert attention.is_causal and attention.impl == "reference" and not attention.deterministic
     assert attention.out_proj.law is orthogonal
     assert attention.scale == 0.5 / math.sqrt(3)
     gains = {"identity_gain": 0.9, "softmax_gain": 0.8, "center_gain": 0.7}
