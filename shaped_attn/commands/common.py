@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..destination import check_file
-
 if TYPE_CHECKING:
     import torch
 
-    from ..sde.prediction import NetworkComparison, Prediction
-    from ..sde.sample import CovarianceSample
+    from ..sde.sample import Estimate
 
 INTERRUPTED = 130
 """Exit code of work that Ctrl-C ended."""
@@ -95,24 +92,6 @@ def prepare_kernels(impls: tuple[str, ...], device: torch.device) -> None:
         raise click.UsageError(f"--impl triton cannot run here: {kernels['reason']}")
 
 
-def check_files(plot: Path | None, output: Path | None) -> None:
-    """Find out now, rather than after minutes, that a result has nowhere to go."""
-    for name, path in (("--plot", plot), ("--output", output)):
-        if path is not None and not path.parent.is_dir():
-            raise click.BadParameter(f"there is no folder {path.parent}", param_hint=name)
-        if path is not None:
-            with usage_errors():
-                check_file(path, name)
-    if plot is not None:
-        from ..plots import SUFFIXES
-
-        if plot.suffix.lower() not in SUFFIXES:
-            choices = ", ".join(SUFFIXES)
-            raise click.BadParameter(
-                f"{plot.name} must end in one of {choices}", param_hint="--plot"
-            )
-
-
 @contextlib.contextmanager
 def long_work(device: torch.device) -> Iterator[dict[str, Any]]:
     """Show progress on stderr and take Ctrl-C for a request, for functions that know of both."""
@@ -156,38 +135,20 @@ def long_work(device: torch.device) -> Iterator[dict[str, Any]]:
             torch.set_num_threads(threads)
 
 
-def write_results(
-    result: Prediction | NetworkComparison,
-    samples: dict[str, CovarianceSample],
-    show: Callable,
-    plot: Path | None,
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """Print a result and write its files, as far as there is one."""
-    from rich.console import Console
+def format_number(value: float) -> str:
+    """Three decimals, or few digits and an exponent where that says too little or too much."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or 5e-3 <= abs(value) < 100:
+        return f"{value:.3f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
-    from ..sde import prediction
 
-    text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
-    if as_json:
-        click.echo(text)
-    else:
-        show(result, Console(highlight=False))
-    samples = {name: sample for name, sample in samples.items() if sample.paths}
-    try:
-        if output is not None:
-            output.write_text(text + "\n", encoding="utf-8")
-        if plot is not None and samples:
-            from .. import plots
-
-            names = prediction.shown_statistics(result.settings.tokens)
-            statistics = [name for name in names if name != prediction.MEAN_CORRELATION]
-            plots.save(plots.plot_covariance(samples, statistics), plot)
-    except OSError as error:
-        raise click.ClickException(str(error)) from error
-    for name, path in (("Plot", plot if samples else None), ("Numbers", output)):
-        if path is not None:
-            click.echo(f"{name}: {path}", err=as_json)
-    if not result.is_complete:
-        click.echo("Interrupted: these results are partial.", err=True)
+def format_estimate(estimate: Estimate) -> str:
+    """A value and its standard error, both to the second digit of the error."""
+    value, error = estimate
+    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
+        return f"{value:.3g} ± {error:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}" if value else f"0 ± {error:.{decimals}f}"

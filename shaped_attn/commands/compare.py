@@ -7,27 +7,36 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import INTERRUPTED, check_files, long_work, resolve_device, usage_errors, write_results
+from ..sde import prediction
+from ..sde.comparison import Comparison
+from ..sde.prediction import NetworkComparison
+from ..sde.sample import Estimate
+from .common import (
+    INTERRUPTED,
+    format_estimate,
+    format_number,
+    long_work,
+    resolve_device,
+    usage_errors,
+)
 from .predict import (
-    _MODEL_OPTIONS,
-    _NETWORK_OPTIONS,
+    check_files,
     count_of,
     make_settings,
+    prediction_options,
     print_assumptions,
-    settings_options,
+    write_results,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ..sde.comparison import Comparison
-    from ..sde.prediction import NetworkComparison
+    from rich.table import Table
 
 _MOST_ROWS = 21  # what 6 tokens have
 
 
 @click.command(short_help="Run networks beside the prediction.")
-@settings_options(_MODEL_OPTIONS, _NETWORK_OPTIONS)
+@prediction_options("band", "tune")
 @click.pass_context
 def compare(
     context: click.Context,
@@ -47,16 +56,13 @@ def compare(
     torch_device = resolve_device(device)
     check_files(plot, output)
     settings = make_settings(config, flags)
-
-    from ..sde import prediction
-
     with usage_errors():
         prediction.check_comparison(settings)
     with long_work(torch_device) as work:
         result = prediction.compare_networks(settings, device=torch_device, **work)
     samples = {"SDE": result.prediction}
     if result.networks is not None:
-        samples[f"{settings.method}s"] = result.networks
+        samples[f"{settings.against}s"] = result.networks
     write_results(result, samples, _print_comparison, plot, output, as_json)
     if not result.is_complete:
         context.exit(INTERRUPTED)
@@ -64,24 +70,22 @@ def compare(
 
 
 def _print_comparison(result: NetworkComparison, console: Console) -> None:
-    from ..sde import prediction
-
     settings, comparison = result.settings, result.comparison
     networks = "no" if result.networks is None else count_of(result.networks)
     console.print(
         f"[bold]Comparison[/] at depth {settings.depth}, width {settings.width} (depth / width "
         f"{settings.time:.4g}): {count_of(result.prediction)} paths of the SDE, {networks} "
-        f"{settings.method}s",
+        f"{settings.against}s",
         soft_wrap=True,
     )
     if comparison is not None:
         console.print()
-        console.print(_comparison_table(comparison, settings.method))
+        console.print(_comparison_table(comparison, settings.against))
         console.print()
         for name, pair in (("Stopped", comparison.stopped), ("Blow-up", comparison.exploded)):
             console.print(
-                f"{name:7}  SDE {prediction.format_estimate(pair.first)}, {settings.method}s "
-                f"{prediction.format_estimate(pair.second)}"
+                f"{name:7}  SDE {format_estimate(pair.first)}, {settings.against}s "
+                f"{format_estimate(pair.second)}"
             )
         largest = comparison.largest
         if not comparison.can_disagree:
@@ -100,36 +104,31 @@ def _print_comparison(result: NetworkComparison, console: Console) -> None:
     print_assumptions(settings, console)
 
 
-def _comparison_table(comparison: Comparison, method: str):
+def _comparison_table(comparison: Comparison, against: str) -> Table:
     """KS distance and medians of every statistic, or of those with the largest distance."""
-    from rich.table import Table as RichTable
+    from rich.table import Table
     from rich.text import Text
-
-    from ..sde import prediction
-    from ..sde.sample import Estimate
 
     found = list(comparison.statistics.values())
     title = None
     if len(found) > _MOST_ROWS:
         title = f"The {_MOST_ROWS} of {len(found)} statistics with the largest KS distance"
         found = sorted(found, key=lambda statistic: statistic.ks, reverse=True)[:_MOST_ROWS]
-    drawn = RichTable(
-        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold"
-    )
+    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     drawn.add_column("", no_wrap=True)
-    for header in ("KS", "critical", "median SDE", f"median {method}s"):
+    for header in ("KS", "critical", "median SDE", f"median {against}s"):
         drawn.add_column(header, justify="right", no_wrap=True)
     drawn.add_column("", no_wrap=True)
     median = comparison.quantile_levels.index(0.5)
     for statistic in found:
         medians = [
-            prediction.format_estimate(Estimate(values[median], errors[median]))
+            format_estimate(Estimate(values[median], errors[median]))
             for values, errors in zip(statistic.quantiles, statistic.quantile_errors, strict=True)
         ]
         drawn.add_row(
             statistic.name,
-            prediction.format_number(statistic.ks),
-            prediction.format_number(statistic.critical),
+            format_number(statistic.ks),
+            format_number(statistic.critical),
             *medians,
             Text("ok", style="green") if statistic.agrees else Text("differs", style="bold red"),
         )

@@ -2,93 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..checks import fail
+from ..destination import check_file
+from ..sde import prediction
+from ..sde.prediction import (
+    MEAN_CORRELATION,
+    NetworkComparison,
+    Prediction,
+    Settings,
+    check_matrix,
+    statistic_name,
+    statistics_of,
+)
+from ..sde.sample import LEVELS, CovarianceSample, quantile
+from ..sde.tuning import Candidate, End, Interval, Tuning
 from .common import (
     FILE,
     INTERRUPTED,
     READABLE,
-    check_files,
     device_option,
+    format_estimate,
+    format_number,
     long_work,
     resolve_device,
     usage_errors,
-    write_results,
 )
+from .settings import by_field, config_option, naming, read, setting_options
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-    from ..sde.prediction import Prediction, Settings
-    from ..sde.sample import CovarianceSample
+_WITHOUT_EFFECT = ("impl", "deterministic")  # on a prediction; training has them from its file
+_START = {"tokens", "correlation", "variance"}
+_ROWS = 4  # of the table, beside the start
 
-
-# Flag, type, default to show, help. All defaults are those of prediction.Settings, which also
-# checks the values, wherever they come from; here an option that is not given is None.
-_MODEL_OPTIONS = (
-    ("--depth", int, "64", "Number of blocks."),
-    ("--width", int, "128", "Width of the model; depth / width is the time of the SDE."),
-    ("--tokens", int, "4", "Number of tokens at the start."),
-    ("--correlation", float, "0.2", "Correlation of any two tokens at the start."),
-    ("--variance", float, "1", "Variance of each token at the start."),
-    ("--v0", READABLE, None, "Their covariance instead of these three: .npy or .json."),
-    ("--branch-gain", float, "0.5", "Weight of each branch; that of the skip path follows."),
-    ("--tau0", float, "1", "Temperature."),
-    ("--heads", int, "1", "Number of heads."),
-    ("--softmax-gain", float, "1", "Weight of softmax minus its mean."),
-    (
-        "--out-proj",
-        click.Choice(("none", "orthogonal", "gaussian")),
-        "none",
-        "Law of the output projection of attention.",
-    ),
-    ("--causal/--no-causal", bool, "no-causal", "Whether tokens see earlier ones only."),
-    ("--attention/--no-attention", bool, "attention", "Whether blocks have attention."),
-    ("--mlp/--no-mlp", bool, "mlp", "Whether blocks have an MLP."),
-    ("--mlp-ratio", float, "1", "Hidden width of the MLP over the width."),
-    ("--c-plus", float, "0", "Slope of the activation above 0: 1 + this / sqrt(width)."),
-    ("--c-minus", float, "-1", "The same below 0."),
-    (
-        "--finite-width/--limit",
-        bool,
-        "finite-width",
-        "Whether the width corrects the MLP, or enters as depth / width alone.",
-    ),
-    ("--paths", int, "4096", "Number of paths of the SDE."),
-    (
-        "--steps",
-        int,
-        "256, more at little depth, one a layer at most",
-        "Steps per unit of depth / width.",
-    ),
-    ("--integrator", click.Choice(("chain", "euler_maruyama")), "chain", "Scheme of the SDE."),
-    ("--seed", int, "0", "Seed of all draws."),
-)
-_TUNING_OPTIONS = (
-    ("--band", (float, float), "0.05 around the start", "Median correlation to tune for."),
-    ("--tune/--no-tune", bool, "tune", "Whether to look for gains that keep it there."),
-)
-_NETWORK_OPTIONS = (
-    ("--networks", int, "1000", "Number of networks."),
-    (
-        "--method",
-        click.Choice(("network", "chain")),
-        "network",
-        "Real networks, or the Markov chain that their covariance follows exactly.",
-    ),
-    ("--head-dim", int, "width / heads", "Size of a head's queries and keys."),
-)
-_OUTPUT_OPTIONS = (
-    click.option(
-        "--config",
-        type=READABLE,
-        help="Read settings from this .json or .toml file; flags win over it. Keys are the flags "
-        "with underscores; on/off flags have the first name, as in mlp = false.",
-    ),
+_output_options = (
+    config_option,
     click.option("--plot", type=FILE, help="Draw the quantiles into this .png, .svg or .pdf."),
     click.option("--output", type=FILE, help="Write JSON into this file."),
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
@@ -96,23 +53,20 @@ _OUTPUT_OPTIONS = (
 )
 
 
-def settings_options(*groups: Sequence[tuple[str, Any, str | None, str]]) -> Callable:
-    """Add options for settings, and for where they come from and where results go."""
+def prediction_options(*left_out: str) -> Callable[[Callable], Callable]:
+    """Add options for settings of a prediction, where they come from and where results go."""
 
     def decorate(command: Callable) -> Callable:
-        for option in reversed(_OUTPUT_OPTIONS):
+        for option in reversed(_output_options):
             command = option(command)
-        for flag, kind, default, text in reversed([row for group in groups for row in group]):
-            shown = text if default is None else f"{text}  [default: {default}]"
-            options = {"metavar": "LOW HIGH"} if flag == "--band" else {}
-            command = click.option(flag, type=kind, default=None, help=shown, **options)(command)
-        return command
+        changes = {"v0": {"type": READABLE}, "band": {"metavar": "LOW HIGH"}}
+        return setting_options(Settings, *_WITHOUT_EFFECT, *left_out, **changes)(command)
 
     return decorate
 
 
 @click.command(short_help="Predict the covariance of tokens through depth.")
-@settings_options(_MODEL_OPTIONS, _TUNING_OPTIONS)
+@prediction_options("networks", "against")
 @click.pass_context
 def predict(
     context: click.Context,
@@ -133,9 +87,6 @@ def predict(
     torch_device = resolve_device(device)
     check_files(plot, output)
     settings = make_settings(config, flags)
-
-    from ..sde import prediction
-
     with long_work(torch_device) as work:
         result = prediction.predict(settings, device=torch_device, **work)
     samples = {"SDE": result.sample}
@@ -144,22 +95,111 @@ def predict(
 
 
 def make_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
-    """Join the settings of a file with those of the command line, which win."""
-    from ..config_file import naming
-    from ..sde import prediction
+    """Join the settings of a file with those of the command line, which win.
 
+    A start of the command line replaces that of the file as a whole, be it ``v0`` or a correlation.
+    """
     given = {name: value for name, value in flags.items() if value is not None}
     with usage_errors():
         if "v0" in given:
-            given["v0"] = prediction.read_covariance(given["v0"])
-        values = {} if config is None else prediction.read_config(config)
+            given["v0"] = _read_covariance(given["v0"])
+        values = {} if config is None else _read_config(config, given)
+        replaced = ("v0",) if _START & given.keys() else _START if "v0" in given else ()
+        values = {name: value for name, value in values.items() if name not in replaced}
         with naming(config, values.keys() - given.keys()):
-            return prediction.make_settings(values, given)
+            return Settings(**{**values, **given})
+
+
+def _read_config(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    model, others = read(path, given)
+    values = by_field(path, {**others, **model}, Settings)
+    if isinstance(values.get("v0"), str):  # a file, relative to the folder of this one
+        values["v0"] = _read_covariance(path.parent / values["v0"])
+    return values
+
+
+def _read_covariance(path: Path) -> tuple[tuple[float, ...], ...]:
+    """Read an (m, m) matrix from a .npy or .json file, as its rows.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no square matrix of numbers.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".json", ".npy"):
+        fail(ValueError, "v0", "must be a .npy or .json file", path.name, "Convert it.")
+    try:
+        if suffix == ".npy":
+            from numpy.lib.format import read_array
+
+            # Not numpy.load, which takes other formats too, and advises to unpickle what is none.
+            with path.open("rb") as file:
+                matrix = read_array(file, allow_pickle=False).tolist()
+        else:
+            matrix = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        got = f"{path} ({error.strerror or error})"
+        fail(type(error), "v0", "must be a file that can be read", got, "Check its path.")
+    except ValueError as error:
+        remedy = "Write it with numpy.save, or as JSON: a list of rows."
+        fail(ValueError, "v0", f"must be a whole {suffix} file", f"{path} ({error})", remedy)
+    return check_matrix(f"v0 of {path}", matrix)
+
+
+def check_files(plot: Path | None, output: Path | None) -> None:
+    """Find out now, rather than after minutes, that a result has nowhere to go."""
+    for name, path in (("--plot", plot), ("--output", output)):
+        if path is not None and not path.parent.is_dir():
+            raise click.BadParameter(f"there is no folder {path.parent}", param_hint=name)
+        if path is not None:
+            with usage_errors():
+                check_file(path, name)
+    if plot is not None:
+        from ..plots import SUFFIXES
+
+        if plot.suffix.lower() not in SUFFIXES:
+            choices = ", ".join(SUFFIXES)
+            raise click.BadParameter(
+                f"{plot.name} must end in one of {choices}", param_hint="--plot"
+            )
+
+
+def write_results(
+    result: Prediction | NetworkComparison,
+    samples: dict[str, CovarianceSample],
+    show: Callable,
+    plot: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Print a result and write its files, as far as there is one."""
+    from rich.console import Console
+
+    text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
+    if as_json:
+        click.echo(text)
+    else:
+        show(result, Console(highlight=False))
+    samples = {name: sample for name, sample in samples.items() if sample.paths}
+    try:
+        if output is not None:
+            output.write_text(text + "\n", encoding="utf-8")
+        if plot is not None and samples:
+            from .. import plots
+
+            names = shown_statistics(result.settings.tokens)
+            statistics = [name for name in names if name != MEAN_CORRELATION]
+            plots.save(plots.plot_covariance(samples, statistics), plot)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+    for name, path in (("Plot", plot if samples else None), ("Numbers", output)):
+        if path is not None:
+            click.echo(f"{name}: {path}", err=as_json)
+    if not result.is_complete:
+        click.echo("Interrupted: these results are partial.", err=True)
 
 
 def _print_prediction(result: Prediction, console: Console) -> None:
-    from ..sde import prediction
-
     settings, sample = result.settings, result.sample
     console.print(
         f"[bold]Prediction[/] for depth {settings.depth}, width {settings.width} "
@@ -168,23 +208,92 @@ def _print_prediction(result: Prediction, console: Console) -> None:
     )
     if sample.paths:
         console.print()
-        console.print(_quantile_table(result))
+        console.print(_quantile_table(sample, settings.width))
         console.print()
-        console.print(f"Probability of blow-up   {prediction.format_estimate(result.blow_up)}")
-        console.print(f"Probability of collapse  {prediction.format_estimate(result.collapse)}")
+        console.print(f"Probability of blow-up   {format_estimate(result.blow_up)}")
+        console.print(f"Probability of collapse  {format_estimate(result.collapse)}")
     if result.tuning is not None:
         console.print()
-        for line in prediction.tuning_lines(result.tuning):
+        for line in tuning_lines(result.tuning):
             console.print(line, markup=False, soft_wrap=True)
+        console.print(_recommendation(result), soft_wrap=True)
     elif settings.tune and settings.tokens == 1:
         console.print("\nNothing to tune: one token has no correlation.")
     print_assumptions(settings, console)
 
 
+def _recommendation(result: Prediction) -> str:
+    if result.recommended is None:
+        return "Recommended: none of these; train would take what was asked for."
+    names = ("branch_gain", "tau0")
+    changed = [
+        f"{name} {result.recommended[name]:g} (asked: {getattr(result.settings, name):g})"
+        for name in names
+        if result.recommended[name] != getattr(result.settings, name)
+    ]
+    text = " and ".join(changed) or "the gains that were asked for"
+    return f"Recommended: {text}; train --config takes it from the file of --output."
+
+
+def tuning_lines(tuning: Tuning) -> list[str]:
+    """Say in plain words which branch gains and tau0 keep the correlation in the band."""
+    low, high = tuning.band
+    found = [
+        f"To keep the median of mean rho in [{low:.3g}, {high:.3g}] at the last layer:",
+    ]
+    for interval in (tuning.branch_gain, tuning.tau0):
+        if interval is not None:
+            found += _interval_lines(interval)
+    if tuning.tau0 is None:
+        why = (
+            "has no effect without attention" if tuning.is_complete else "not searched: interrupted"
+        )
+        found.append(f"  tau0: {why}")
+    found.append(
+        f"  ({tuning.paths} paths and {tuning.steps} steps per unit of depth / width for each "
+        "value tried; the number of blow-ups depends on the steps)"
+    )
+    return found
+
+
+def _interval_lines(interval: Interval) -> list[str]:
+    name = interval.parameter.replace("_", " ")
+    least, most = interval.search_range
+    nearest = interval.nearest
+    if nearest is None:
+        return [f"  {name}: interrupted before the first value was tried"]
+    if not interval.is_found:
+        tried = f"no value from {least:g} to {most:g} does"
+        if not interval.is_complete:
+            tried = f"interrupted; none of the {len(interval.candidates)} values tried does"
+        return [f"  {name}: {tried}; nearest:", _candidate_line(nearest, interval)]
+    other = "tau0" if interval.parameter == "branch_gain" else "branch_gain"
+    fixed = getattr(nearest, other)
+    ends = [interval.low, interval.high]
+    low, high = (f"{getattr(end.candidate, interval.parameter):g}" for end in ends)
+    lines = [f"  {name}: from {low} to {high}, at {other.replace('_', ' ')} {fixed:g}"]
+    for end in ends if low != high else ends[:1]:
+        lines.append(_candidate_line(end.candidate, interval) + _end_note(end, interval))
+    return lines
+
+
+def _candidate_line(candidate: Candidate, interval: Interval) -> str:
+    return (
+        f"    at {getattr(candidate, interval.parameter):g}: median "
+        f"{format_estimate(candidate.correlation)}, blow-up {format_estimate(candidate.blow_up)}"
+    )
+
+
+def _end_note(end: End, interval: Interval) -> str:
+    if end.is_search_limit:
+        return "; bounded by the search range"
+    if end.outside is None:
+        return "; interrupted there"
+    return "" if interval.is_complete else f"; {end.outside:g} is outside, between them interrupted"
+
+
 def print_assumptions(settings: Settings, console: Console) -> None:
     """Say what a prediction rests on."""
-    from ..sde import prediction
-
     console.print()
     for line in ("Assumed:", *prediction.assumptions(settings)):
         console.print(line, style="dim", markup=False, soft_wrap=True)
@@ -197,26 +306,39 @@ def count_of(sample: CovarianceSample) -> str:
     return f"{sample.paths} of {sample.requested}"
 
 
-def _quantile_table(result: Prediction):
+def _quantile_table(sample: CovarianceSample, width: int) -> Table:
     """Quantiles at a few depths: one row for each depth, three columns for each statistic."""
-    from rich.table import Table as RichTable
+    from rich.table import Table
 
-    from ..sde import prediction
-
-    names = prediction.shown_statistics(result.sample.tokens)
+    names, found = shown_statistics(sample.tokens), statistics_of(sample)
     # Narrow: all of it is to fit into 80 columns.
-    drawn = RichTable(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for header in ("\nlayer", "depth\n/ width"):
         drawn.add_column(header, justify="right", no_wrap=True)
     for name in names:
-        label = "mean rho" if name == prediction.MEAN_CORRELATION else name
+        label = "mean rho" if name == MEAN_CORRELATION else name
         for title, level in zip(("", label, ""), ("5 %", "50 %", "95 %"), strict=True):
             drawn.add_column(f"{title}\n{level}", justify="right", no_wrap=True)
-    for row in result.rows():
+    parts = [float(sample.times[-1]) * part / _ROWS for part in range(_ROWS + 1)]
+    for k in sorted({int((sample.times - time).abs().argmin()) for time in parts}):
         cells = [
-            prediction.format_statistic(name, value)
+            _format_statistic(name, value)
             for name in names
-            for value in row.quantiles[name]
+            for value in quantile(found[name][k], LEVELS).tolist()
         ]
-        drawn.add_row(f"{row.layer:.4g}", f"{row.time:.3g}", *cells)
+        time = float(sample.times[k])
+        drawn.add_row(f"{time * width:.4g}", f"{time:.3g}", *cells)
     return drawn
+
+
+def shown_statistics(tokens: int) -> list[str]:
+    """Return the names of the statistics for a table or a plot, of those of `statistics_of`."""
+    if tokens == 1:
+        return ["V_11"]
+    names = [statistic_name("rho", 1, 2, tokens), statistic_name("V", 1, 1, tokens)]
+    return names if tokens == 2 else [MEAN_CORRELATION, *names]
+
+
+def _format_statistic(name: str, value: float) -> str:
+    """A correlation with three decimals, a variance as `format_number`."""
+    return format_number(value) if name.startswith("V_") else f"{value:.3f}"

@@ -181,7 +181,8 @@ def _remedy(key: str, owner: type) -> str:
         if f"--{key.replace('_', '-')}" == off:
             return f"Write {written} = false."
     for parameter in click.get_current_context().command.params:
-        if f"--{key.replace('_', '-')}" in parameter.opts:
+        is_setting = parameter.name in settings_of(owner)
+        if not is_setting and f"--{key.replace('_', '-')}" in parameter.opts:
             return f"Give {parameter.opts[0]} on the command line."
     known = names_in_files(owner)
     close = difflib.get_close_matches(key.replace("-", "_"), known, n=1)

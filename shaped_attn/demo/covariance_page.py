@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..sde import Comparison, CovarianceSample, Estimate, StatisticComparison
 from ..sde.paths import EIGENVALUE_RANGE
-from ..sde.prediction import format_estimate, format_number, format_statistic
+from ..commands.common import format_estimate, format_number
+from ..commands.predict import _format_statistic as format_statistic
 from . import figures
 from .covariance import CORRELATION, VARIANCE, CovarianceResult
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import environment, fidelity
 from ..interrupt import StopRequest, stop_on_interrupt
 from ..sde import Estimate
-from ..sde.prediction import format_estimate, format_number
+from ..commands.common import format_estimate, format_number
 from ..train.corpus import Corpus, bigram_entropy, unigram_entropy
 from ..train.data import load_standard_library
 from . import covariance, page, training

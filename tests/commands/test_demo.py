@@ -21,7 +21,7 @@ from shaped_attn import commands, fidelity, interrupt
 from shaped_attn.commands import demo
 from shaped_attn.demo import covariance, figures, page, run, training
 from shaped_attn.demo.model import Decoder, ModelConfig
-from shaped_attn.sde.prediction import format_number
+from shaped_attn.commands.common import format_number
 from shaped_attn.train.data import load_standard_library
 
 TINY_MODEL = ModelConfig(layers=2, width=32, heads=2, length=32)

@@ -10,7 +10,7 @@ import torch
 
 from shaped_attn.demo import covariance, covariance_page, figures
 from shaped_attn.sde import Estimate, compare
-from shaped_attn.sde.prediction import format_estimate, format_number
+from shaped_attn.commands.common import format_estimate, format_number
 
 SMALL = covariance.CovarianceConfig(
     width=16,

@@ -13,17 +13,21 @@ from click.testing import CliRunner
 
 from shaped_attn import commands
 from shaped_attn.commands import common
-from shaped_attn.commands import predict as predict_command
+from shaped_attn.commands.predict import tuning_lines
 from shaped_attn.sde import CovarianceSDE, equicorrelated, prediction
 from shaped_attn.sde.network import FiniteNetwork
-from shaped_attn.sde.prediction import Settings, make_settings, read_config
-from shaped_attn.sde.sample import CovarianceSample, Estimate, quantile, quantile_error
+from shaped_attn.sde.prediction import Settings
+from shaped_attn.sde.sample import Estimate, quantile, quantile_error
 from shaped_attn.sde.tuning import Candidate, End, Interval, Tuning
 
 # Small, on one device wherever the tests run.
 SMALL = ("--depth", "4", "--width", "16", "--tokens", "3", "--paths", "64", "--device", "cpu")
-NETWORKS = (*SMALL, "--networks", "40", "--method", "chain")
+SMALL += ("--heads", "1")
+NETWORKS = (*SMALL, "--networks", "40", "--against", "chain")
+BLOCK = {"is_causal": True, "mlp_ratio": 4.0}  # the defaults of both commands
 PREDICTED = {
+    "model",
+    "recommended",
     "settings",
     "time",
     "is_complete",
@@ -114,7 +118,7 @@ def test_every_flag_reaches_the_process():
         "c_minus": -0.6,
         "head_dim": 3,
     }
-    settings = make_settings({}, flags)
+    settings = Settings(**flags)
     block = {
         "tau0": 0.7,
         "branch_gain": 0.4,
@@ -131,9 +135,9 @@ def test_every_flag_reaches_the_process():
     assert settings.network().to_dict() == expected.to_dict()
     assert settings.time == 0.25
     torch.testing.assert_close(settings.start(), equicorrelated(5, 0.3, 2.0))
-    assert make_settings({}, {"finite_width": False}).sde().width is None
-    assert make_settings({}, {"mlp": False}).sde().mlp is False
-    assert make_settings({}, {"attention": False}).sde().attention is False
+    assert Settings(finite_width=False).sde().width is None
+    assert Settings(mlp=False).sde().mlp is False
+    assert Settings(attention=False).sde().attention is False
 
 
 @pytest.mark.parametrize(
@@ -155,62 +159,67 @@ def test_the_steps_follow_from_depth_and_width(settings, steps):
 
 
 def test_the_help_shows_the_defaults():
-    names = {f.name for f in fields(Settings)}
-    shown = {}
-    for group in tuple(
-        getattr(predict_command, f"_{kind}_OPTIONS") for kind in ("MODEL", "TUNING", "NETWORK")
+    text = " ".join(invoke("predict", "--help").stdout.split())
+    for flag, default in (
+        ("--depth, --layers INTEGER", "12"),
+        ("--causal / --no-causal", "causal"),
+        ("--finite-width / --limit", "finite-width"),
+        ("--mlp-ratio FLOAT", "4"),
+        ("--correlation FLOAT", "0.2"),
+        ("--integrator [chain|euler_maruyama]", "chain"),
     ):
-        for flag, _, default, _ in group:
-            shown[flag.split("/")[0].removeprefix("--").replace("-", "_")] = (flag, default)
-    assert set(shown) == names
+        assert re.search(re.escape(flag) + r"[^\[]*\[default: " + re.escape(default) + r"\]", text)
+    margin = float(re.search(r"--band LOW HIGH .*?default: ([\d.]+) around the start", text)[1])
     found = Settings()
-    for name, (flag, default) in shown.items():
-        value = getattr(found, name)
-        if isinstance(value, bool):
-            positive, negative = (part.removeprefix("--") for part in flag.split("/"))
-            assert default == (positive if value else negative)
-        elif name not in ("v0", "steps", "band", "head_dim"):
-            assert default == (value if isinstance(value, str) else f"{value:g}")
-    rho, (low, high) = found.correlation, found.target_band
-    margin = float(shown["band"][1].split()[0])
-    assert (low, high) == pytest.approx((rho - margin, rho + margin))
+    rho, band = found.correlation, found.target_band
+    assert band == pytest.approx((rho - margin, rho + margin))
+    names = {f.name for f in fields(Settings)} - {"has_skip", "has_normalization"}
+    names -= {"impl", "deterministic"}
+    for command, others in (("predict", {"networks", "against"}), ("compare", {"band", "tune"})):
+        shown = set(re.findall(r"--([a-z0-9-]+)", invoke(command, "--help").stdout))
+        assert {name.replace("_", "-") for name in names - others} <= shown
+        assert not others & shown
 
 
 def test_flags_win_over_the_file(write):
     config = write("c.json", {"depth": 6, "width": 12, "correlation": 0.4, "mlp": False})
-    found = predict("--config", config, "--no-tune", "--mlp")["settings"]
-    assert (found["depth"], found["width"]) == (4, 16)  # those of SMALL
+    found = predict("--config", config, "--no-tune", "--mlp")
+    assert (found["model"]["depth"], found["model"]["width"]) == (4, 16)  # those of SMALL
+    found = found["settings"]
     assert found["correlation"] == 0.4
     assert found["mlp"] is True
     assert found["tune"] is False
 
 
-def test_a_start_of_the_command_line_replaces_that_of_the_file():
-    matrix = ((1.0, 0.5), (0.5, 2.0))
-    found = make_settings({"v0": matrix, "depth": 3}, {"correlation": 0.1})
-    assert (found.v0, found.tokens, found.correlation, found.depth) == (None, 4, 0.1, 3)
-    found = make_settings({"tokens": 7, "correlation": 0.1}, {"v0": matrix})
-    assert (found.v0, found.tokens, found.correlation) == (matrix, 2, None)
+def test_a_start_of_the_command_line_replaces_that_of_the_file(write):
+    matrix = [[1.0, 0.5], [0.5, 2.0]]
+    common = ("--depth", 2, "--width", 16, "--paths", 8, "--no-tune", "--device", "cpu", "--json")
+
+    def start(values, *flags):
+        result = invoke("predict", *common, "--config", write("c.json", values), *flags)
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)["settings"]
+        return [found[name] for name in ("v0", "tokens", "correlation")]
+
+    assert start({"v0": matrix, "paths": 3}, "--correlation", 0.1) == [None, 4, 0.1]
+    file = write("v0.json", matrix)
+    assert start({"tokens": 7, "correlation": 0.1}, "--v0", file) == [matrix, 2, None]
 
 
 def test_toml_says_the_same_as_json(write):
     pytest.importorskip("tomllib", reason="Python 3.11 brings it")
-    text = (
-        'depth = 6\nmlp = false\nband = [0.1, 0.3]\nv0 = [[1, 0.5], [0.5, 1]]\nmethod = "chain"\n'
-    )
-    values = {
-        "depth": 6,
-        "mlp": False,
-        "band": [0.1, 0.3],
-        "v0": [[1, 0.5], [0.5, 1]],
-        "method": "chain",
-    }
-    by_toml, by_json = (
-        make_settings(read_config(path), {})
+    text = "depth = 6\nskip = true\nmlp = false\ntune = false\npaths = 8\n"
+    text += "v0 = [[1, 0.5], [0.5, 1]]\n"
+    values = {"depth": 6, "skip": True, "mlp": False, "tune": False, "paths": 8}
+    values |= {"v0": [[1, 0.5], [0.5, 1]]}
+    results = [
+        json.loads(invoke("predict", "--json", "--device", "cpu", "--config", path).stdout)
         for path in (write("c.toml", text), write("c.json", values))
-    )
-    assert by_toml == by_json
-    assert by_toml.band == (0.1, 0.3)
+    ]
+    for found in results:
+        del found["seconds"]
+    assert results[0] == results[1]
+    assert results[0]["model"]["has_skip"] is True
 
 
 def test_toml_without_tomllib_is_a_clear_error(write, monkeypatch):
@@ -240,9 +249,9 @@ def test_a_start_can_come_from_a_file(write, tmp_path):
         assert found["quantiles"]["rho_23"]["values"][0] == pytest.approx([rho] * 3)
 
 
-def test_the_settings_of_a_result_are_a_configuration(write):
+def test_a_result_is_a_configuration(write):
     first = predict("--no-tune", "--seed", 3)
-    config = write("again.json", first["settings"])
+    config = write("again.json", first)
     result = invoke("predict", "--config", config, "--json", "--device", "cpu")
     assert json.loads(result.stdout)["quantiles"] == first["quantiles"]
     other = predict("--no-tune", "--seed", 4)
@@ -254,7 +263,7 @@ def test_the_settings_of_a_result_are_a_configuration(write):
     [
         ({"branch_gian": 0.5}, "branch_gian is not a setting. Did you mean branch_gain?"),
         ({"branch-gain": 0.5}, "Did you mean branch_gain?"),
-        ({"zzz": 0.5}, "zzz is not a setting. Known are depth,"),
+        ({"zzz": 0.5}, "zzz is not a setting. Known are method, depth,"),
         ({"no_mlp": True}, "Write mlp = false."),
         ({"limit": True}, "Write finite_width = false."),
         ({"plot": "a.png"}, "Give --plot on the command line."),
@@ -265,25 +274,38 @@ def test_the_settings_of_a_result_are_a_configuration(write):
         ({"tau0": "1"}, "tau0 must be a number, got '1'"),
         ({"tau0": -1}, "tau0 must be greater than 0"),
         ({"c_plus": True}, "c_plus must be a number, got True"),
-        ({"causal": 1}, "c.json: causal must be true or false, got 1"),
+        ({"causal": 1}, "c.json: causal must be True or False, got 1"),
         ({"out_proj": "haar"}, "out_proj must be one of"),
+        ({"against": 3}, "against must be one of"),
         ({"method": 3}, "method must be one of"),
-        ({"seed": -1}, "c.json: seed must be from 0 to 2^63 - 1, got -1"),
-        ({"seed": 2**63}, "seed must be from 0 to 2^63 - 1"),
+        ({"method": "e_spa"}, "c.json: method must be 'shaped', the only one"),
+        ({"skip": False}, "c.json: has_skip must not be false for a prediction"),
+        ({"normalization": True}, "has_normalization must not be true for a prediction"),
+        ({"kv_heads": 2}, "kv_heads must be heads, 4, for a prediction"),
+        ({"out_proj": "gpt2"}, "out_proj must be one of 'none', 'orthogonal', 'gaussian'"),
+        ({"identity_gain": 0.5}, "identity_gain must be 1 where there is an MLP"),
+        ({"center_gain": 0.5}, "center_gain must equal softmax_gain"),
+        ({"skip_gain": 0.5}, "skip_gain must satisfy"),
+        ({"seed": -1}, "c.json: seed must be from 0 to 9223372036854775807, got -1"),
+        ({"seed": 2**63}, "seed must be from 0 to 92233720368547758"),
         ({"seed": "7"}, "c.json: seed must be an int, got '7'"),
         ({"seed": True}, "seed must be an int, got True"),
         ({"steps": "many"}, "c.json: steps must be an int, got 'many'"),
         ({"softmax_gain": "a"}, "softmax_gain must be a number, got 'a'"),
-        ({"softmax_gain": [True]}, "c.json: softmax_gain must be a number, got True"),
+        ({"heads": 1, "softmax_gain": [True]}, "c.json: softmax_gain must be a number, got True"),
         ({"band": [0.1, "a"]}, "c.json: band must be a number, got 'a'"),
         ({"width": 100, "heads": 7}, "c.json: heads must divide width, 100, got 7. Choose a"),
         ({"band": 0.3}, "c.json: band must be 2 numbers"),
         ({"band": [0.1, 1.5]}, "band must ascend and lie in [-0.333, 1]"),
-        ({"softmax_gain": [1, 2]}, "softmax_gain must be one number"),
+        ({"softmax_gain": [1, 2]}, "softmax_gain must be a number or 4 numbers"),
         ({"branch_gain": 1.5}, "branch_gain must be from 0 to 1"),
         ({"correlation": -0.5}, "correlation must be from -0.333333 to 1 for 4 tokens"),
-        ({"correlation": 1.0}, "v0 must have eigenvalues from 0.0001"),
-        ({"steps": 3}, "steps must be at least 8 per unit of depth / width for the chain of 4"),
+        ({"correlation": 1.0}, "correlation and variance must lead to eigenvalues from 0.0001"),
+        ({"v0": [[1, 1], [1, 1]]}, "c.json: v0 must lead to eigenvalues from 0.0001"),
+        (
+            {"depth": 64, "steps": 3},
+            "steps must be at least 8 per unit of",
+        ),
         ({"v0": [[1, 0.5]]}, "v0 must be a square matrix, got 1 rows, of lengths [2]"),
         ({"v0": [[1, "a"], [0, 1]]}, "c.json: an entry of v0 must be a number, got 'a'"),
         ({"v0": [[1, 2], [2, 1]]}, "v0 must be positive semidefinite"),
@@ -323,8 +345,8 @@ def test_a_wrong_file_is_wrong_usage(write, content, message):
         ("predict", ("--c-minus", -12, "--width", 144, "--c-plus", -12), "must not both be"),
         ("compare", ("--networks", 3), "networks and paths must be enough"),
         ("compare", ("--heads", 3), "heads must divide width, 128, got 3"),
-        ("compare", ("--width", 8, "--heads", 2, "--method", "chain"), "width must be at least 16"),
-        ("compare", ("--width", 3, "--method", "network"), "at least the number of tokens, 4"),
+        ("compare", ("--width", 8, "--heads", 2, "--against", "chain"), "must be at least 16"),
+        ("compare", ("--width", 3, "--heads", 1), "at least the number of tokens, 4"),
         ("compare", ("--head-dim", 0), "head_dim must be at least 1"),
         ("compare", ("--band", 0.1, 0.2), "No such option"),
     ],
@@ -426,10 +448,10 @@ def test_a_file_that_cannot_be_written_is_found_before_any_work(
 
 
 def test_the_numbers_are_those_of_the_process():
-    found = predict("--no-tune", "--tau0", 0.5, "--causal", "--seed", 7)
+    found = predict("--no-tune", "--tau0", 0.5, "--seed", 7)
     assert set(found) == PREDICTED
     generator = torch.Generator().manual_seed(7)
-    sde = CovarianceSDE(width=16, tau0=0.5, is_causal=True)
+    sde = CovarianceSDE(width=16, tau0=0.5, **BLOCK)
     sample = sde.sample(equicorrelated(3, 0.2), 0.25, 64, 16, generator)
     assert found["times"] == sample.times.tolist() == [0, 1 / 16, 2 / 16, 3 / 16, 4 / 16]
     assert found["layers"] == [0, 1, 2, 3, 4]
@@ -456,7 +478,7 @@ def test_blow_up_and_collapse_are_told_apart():
     options = ("--no-tune", "--integrator", "euler_maruyama", "--branch-gain", 1, "--steps", 16)
     options += ("--depth", 64, "--tau0", 0.3, "--paths", 400, "--seed", 1)
     found = predict(*options)
-    sde = CovarianceSDE(width=16, tau0=0.3, branch_gain=1.0)
+    sde = CovarianceSDE(width=16, tau0=0.3, branch_gain=1.0, **BLOCK)
     generator = torch.Generator().manual_seed(1)
     sample = sde.sample(
         equicorrelated(3, 0.2), 4.0, 400, 16, generator, integrator="euler_maruyama"
@@ -468,7 +490,7 @@ def test_blow_up_and_collapse_are_told_apart():
     assert found["collapse"]["standard_error"] > 0
     text = invoke("predict", *SMALL, *options).stdout
     for name in ("blow_up", "collapse"):
-        shown = prediction.format_estimate(Estimate(**found[name]))
+        shown = common.format_estimate(Estimate(**found[name]))
         assert f"Probability of {name.replace('_', '-'):8}  {shown}" in text
 
 
@@ -596,7 +618,7 @@ def interval(parameter, low=None, high=None, values=(0.05, 1.0), is_complete=Tru
 )
 def test_every_outcome_of_the_tuning_has_its_words(first, second, is_complete, lines):
     tuning = Tuning(first, second, (0.1, 0.3), 1.0, 5, 6, 0, is_complete)
-    text = "\n".join(prediction.tuning_lines(tuning))
+    text = "\n".join(tuning_lines(tuning))
     for line in lines:
         assert line in text
 
@@ -612,7 +634,7 @@ def test_every_outcome_of_the_tuning_has_its_words(first, second, is_complete, l
     ],
 )
 def test_an_estimate_is_written_to_the_digits_of_its_error(value, error, text):
-    assert prediction.format_estimate(Estimate(value, error)) == text
+    assert common.format_estimate(Estimate(value, error)) == text
 
 
 @pytest.mark.parametrize(
@@ -620,7 +642,7 @@ def test_an_estimate_is_written_to_the_digits_of_its_error(value, error, text):
     [(0.0, "0.000"), (0.123456, "0.123"), (-99.5, "-99.500"), (1234.5, "1.2e3"), (2e-4, "2.0e-4")],
 )
 def test_a_number_is_short(value, text):
-    assert prediction.format_number(value) == text
+    assert common.format_number(value) == text
 
 
 def test_files_are_written(tmp_path):
@@ -747,6 +769,7 @@ def test_a_comparison_has_both_sides():
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert set(found) == {
+        "model",
         "settings",
         "time",
         "is_complete",
@@ -777,7 +800,9 @@ def test_the_networks_are_those_of_the_settings():
     options = ("--head-dim", 2, "--out-proj", "gaussian", "--heads", 2, "--tau0", 0.5)
     result = invoke("compare", *NETWORKS, "--json", "--seed", 5, *options)
     found = json.loads(result.stdout)["networks"]
-    network = FiniteNetwork(width=16, depth=4, head_dim=2, out_proj="gaussian", heads=2, tau0=0.5)
+    network = FiniteNetwork(
+        width=16, depth=4, head_dim=2, out_proj="gaussian", heads=2, tau0=0.5, **BLOCK
+    )
     generator = torch.Generator().manual_seed(6)
     sample = network.sample(equicorrelated(3, 0.2), 40, generator, method="chain")
     expected = quantile(sample.statistics()["rho_13"], (0.05, 0.5, 0.95))
@@ -899,20 +924,6 @@ def test_an_interrupt_before_the_first_network_compares_nothing(monkeypatch, tmp
     assert "0 of 40 chains" in result.stdout
     assert "critical" not in result.stdout
     assert plot.exists()  # the prediction
-
-
-def test_samples_without_a_path_have_no_rows():
-    empty = CovarianceSample(
-        "sde",
-        torch.zeros(1, dtype=torch.float64),
-        torch.empty(1, 0, 3, 3),
-        torch.empty(0, dtype=torch.float64),
-        torch.empty(0, dtype=torch.bool),
-        9,
-    )
-    found = prediction.Prediction(Settings(), empty, None, "cpu", 0.0)
-    assert found.rows() == []
-    assert not found.is_complete
 
 
 def test_a_prediction_without_its_tuning_is_not_complete():
