@@ -20,7 +20,6 @@ MODULES = (
     "shaped_attn.nn.activations",
     "shaped_attn.plots",
     "shaped_attn.sde",
-    "shaped_attn.sde.token_kernel",
     "shaped_attn.testing",
 )
 NEEDS = {
