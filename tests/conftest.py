@@ -69,14 +69,10 @@ def poison():
 @pytest.fixture
 def one_thread():
     """Training whose sums depend neither on the machine nor on tests that ran before."""
-    from accelerate.state import AcceleratorState
+    from tiny_training import one_thread
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import argparse
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_training
 from click.testing import CliRunner
 
 from shaped_attn import commands
@@ -20,34 +20,19 @@ from shaped_attn.train.settings import TrainSettings
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
-TINY = {
-    "depth": 1,
-    "width": 16,
-    "heads": 2,
-    "context": 16,
-    "data": argparse.__file__,
-    "data-bytes": 50_000,
-    "steps": 6,
-    "batch-size": 4,
-    "evaluate-every": 3,
-    "evaluation-windows": 4,
-    "checkpoint-every": 3,
-}
+SHORT = {"depth": 1, "steps": 6, "warmup_steps": None}
+SHORT |= {"evaluate_every": 3, "evaluation_windows": 4, "checkpoint_every": 3}
 STUDY = ("--study", "depth", "--depths", "1,2", "--methods", "pre_ln, e_spa")
 NEITHER = ("--no-skip", "--no-normalization")
 
 
 def flags(**changes):
-    values = {**TINY, **{name.replace("_", "-"): value for name, value in changes.items()}}
-    found = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    return ["train", *found, "--device", "cpu"]
+    return ["train", *tiny_training.flags(**SHORT | changes), "--device", "cpu"]
 
 
 def study_flags():
     # The depth of the flags above is not an option of a study.
-    found = flags()
-    del found[1:3]
-    return [*found, *NEITHER, *STUDY]
+    return [*flags(depth=None), *NEITHER, *STUDY]
 
 
 def invoke(*args):

@@ -1,53 +1,15 @@
 """What a run finds in its folder decides whether and where it goes on; nothing in it is lost."""
 
-import argparse
 import errno
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from tiny_training import assert_same_run, train
 
-from shaped_attn.train import checkpoints, metrics, trainer
-from shaped_attn.train.settings import TrainSettings
+from shaped_attn.train import checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = {
-    "depth": 1,
-    "width": 16,
-    "heads": 2,
-    "context": 16,
-    "data": argparse.__file__,
-    "data_bytes": 50_000,
-    "steps": 12,
-    "batch_size": 4,
-    "evaluate_every": 6,
-    "evaluation_windows": 6,
-    "checkpoint_every": 4,
-}
-
-
-def train(output, stop_after=None, changes=(), **options):
-    """Train in a folder; ask for the end after a number of steps of this call."""
-    asked = iter([False] * (stop_after or 0) + [True])
-    stop = None if stop_after is None else lambda: next(asked)
-    chosen = TrainSettings(**{**TINY, **dict(changes)})
-    return trainer.train(chosen, output, device="cpu", stop=stop, **options)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run that was never interrupted."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(output)
-    torch.set_num_threads(threads)
-    return output
 
 
 @pytest.fixture
@@ -70,14 +32,6 @@ def contents(folder):
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-def assert_same_run(output, expected):
-    runs = [metrics.read(path / "metrics.jsonl") for path in (output, expected)]
-    losses = [[(line["kind"], line["step"], line["loss"]) for line in run] for run in runs]
-    assert losses[0] == losses[1]
-    for name, weight in load_file(expected / "model.safetensors").items():
-        assert torch.equal(load_file(output / "model.safetensors")[name], weight), name
 
 
 # ------------------------------------------------------------------------------------------ damage
@@ -128,7 +82,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(problem, stopped, 
     assert "set aside as damaged-step-00000009, and step-00000008 serves" in text
     assert resumed == [8]
     assert steps == list(range(9, 13))
-    assert_same_run(stopped.parent, whole)
+    assert_same_run(stopped.parent, whole[0])
     assert names(stopped) == ["damaged-step-00000009", "step-00000008", "step-00000012"]
     assert contents(stopped / "damaged-step-00000009") == damaged
 
@@ -145,7 +99,7 @@ def test_what_was_set_aside_before_is_not_overwritten(stopped, whole):
         train(stopped.parent)
     assert contents(stopped / "damaged-step-00000009") == first
     assert contents(stopped / "damaged-step-00000009-2") == second
-    assert_same_run(stopped.parent, whole)
+    assert_same_run(stopped.parent, whole[0])
 
 
 def test_without_a_whole_checkpoint_the_run_stops_and_keeps_all(stopped, whole, tmp_path):
@@ -171,7 +125,7 @@ def test_without_a_whole_checkpoint_the_run_stops_and_keeps_all(stopped, whole, 
         assert {name: left[name] for name in others} == others
     shutil.copytree(tmp_path / "copy", stopped / "step-00000009")
     assert train(stopped.parent).status == "finished"
-    assert_same_run(stopped.parent, whole)
+    assert_same_run(stopped.parent, whole[0])
 
 
 def test_the_problem_of_each_is_told(stopped):
@@ -236,7 +190,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_goes_on_from_0(tmp_path, w
     train(tmp_path / "run", stop_after=0)
     train(tmp_path / "run", on_resume=resumed.append)
     assert resumed == [0]
-    assert_same_run(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", whole[0])
 
 
 # ------------------------------------------------------------------------------- what is removed

@@ -1,4 +1,3 @@
-import argparse
 import json
 import os
 import socket
@@ -7,28 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_training import flags
 
 from shaped_attn.train import metrics
 
 ROOT = Path(__file__).parents[2]
-TINY = {
-    "depth": 2,
-    "width": 16,
-    "heads": 2,
-    "context": 16,
-    "data": argparse.__file__,
-    "data-bytes": 50_000,
-    "steps": 8,
-    "batch-size": 4,
-    "evaluate-every": 4,
-    "evaluation-windows": 6,
-    "checkpoint-every": 4,
-}
-
-
-def flags(**changes):
-    values = {name: value for name, value in (TINY | changes).items() if value is not None}
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+SHORT = {"steps": 8, "evaluate_every": 4, "warmup_steps": None}
 
 
 def train(output, processes, accumulation=1):
@@ -36,8 +19,8 @@ def train(output, processes, accumulation=1):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     process = subprocess.run(
         [
-            *(sys.executable, *launch, "-m", "shaped_attn", "train", *flags()),
-            *("--accumulation", str(accumulation), "--output", str(output), "--device", "cpu"),
+            *(sys.executable, *launch, "-m", "shaped_attn", "train", "--output", str(output)),
+            *("--device", "cpu", *flags(**SHORT, accumulation=accumulation)),
         ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -105,7 +88,7 @@ def test_all_processes_end_where_the_main_one_finds_no_whole_checkpoint(tmp_path
     folder = tmp_path / "run" / "checkpoints"
     for name in ("step-00000004", "step-00000008"):
         (folder / name / "optimizer.bin").write_bytes(b"")
-    for code, stderr in run_together([*flags(), "--output", str(tmp_path / "run")], 2):
+    for code, stderr in run_together([*flags(**SHORT), "--output", str(tmp_path / "run")], 2):
         assert code == 1, stderr
         assert "has no checkpoint that is whole" in " ".join(stderr.split())
         assert "Traceback" not in stderr
@@ -117,7 +100,13 @@ def test_all_processes_end_where_the_main_one_finds_no_whole_checkpoint(tmp_path
 def test_a_study_of_two_processes_is_recorded_by_one(tmp_path):
     output = tmp_path / "study"
     study = ("--study", "depth", "--depths", "1,2", "--methods", "e_spa", "--no-normalization")
-    options = (*flags(depth=None, steps=2), *study, "--no-skip", "--output", str(output))
+    options = (
+        *flags(**SHORT | {"depth": None, "steps": 2}),
+        *study,
+        "--no-skip",
+        "--output",
+        str(output),
+    )
     for code, stderr in run_together(options, 2):
         assert code == 0, stderr
     found = json.loads((output / "study.json").read_text())

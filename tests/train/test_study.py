@@ -1,33 +1,25 @@
-import argparse
 import io
 import json
 import math
 from dataclasses import replace
 
 import pytest
-from accelerate.state import AcceleratorState
 from rich.console import Console
+from tiny_training import one_thread, settings
 
 from shaped_attn import plots
 from shaped_attn.nn import METHODS
 from shaped_attn.plots.study import plot_study
 from shaped_attn.train import study, trainer
-from shaped_attn.train.settings import TrainSettings
 from shaped_attn.train.study import Study, StudyRun, Variant, run_study, variants
 from shaped_attn.train.study_report import table
 from shaped_attn.train.trainer import TrainResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = TrainSettings(
-    width=16,
-    heads=2,
-    mlp_ratio=2.0,
-    context=16,
-    data=argparse.__file__,
-    data_bytes=50_000,
+TINY = settings(
     steps=4,
-    batch_size=4,
+    warmup_steps=0,
     evaluate_every=2,
     evaluation_windows=4,
     checkpoint_every=2,
@@ -44,9 +36,9 @@ def run(output, **options):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A study of 2 depths and 2 methods, and its folder."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("study") / "out"
-    return run(output), output
+    with one_thread():
+        return run(output), output
 
 
 def names(found):

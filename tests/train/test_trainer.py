@@ -1,44 +1,25 @@
-import argparse
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_training import TINY, assert_same_run, lines, settings, train
 
 from shaped_attn.nn import Projection, ShapedTransformer, ShapedTransformerConfig, anneal_gains
 from shaped_attn.train import checkpoints, metrics, trainer
 from shaped_attn.train.corpus import fixed_windows, sample_batch, step_generator
 from shaped_attn.train.data import load_corpus
 from shaped_attn.train.folder import RunFolder
-from shaped_attn.train.settings import TrainSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-ROOT = Path(__file__).parents[2]
-TINY = {
-    "depth": 2,
-    "width": 16,
-    "heads": 2,
-    "mlp_ratio": 2.0,
-    "context": 16,
-    "data": argparse.__file__,  # English and Python
-    "data_bytes": 50_000,
-    "steps": 12,
-    "batch_size": 4,
-    "warmup_steps": 3,
-    "evaluate_every": 6,
-    "evaluation_windows": 6,
-    "checkpoint_every": 4,
-}
 
 
 @pytest.fixture
@@ -53,54 +34,19 @@ def corpus():
     return load_corpus(TINY["data"], TINY["data_bytes"])
 
 
-def settings(**changes):
-    return TrainSettings(**{**TINY, **changes})
-
-
-def train(chosen, output, **options):
-    return trainer.train(chosen, output, device="cpu", **options)
-
-
-def lines(output, kind=None):
-    """The metrics without what depends on the clock."""
-    found = metrics.read(Path(output) / "metrics.jsonl")
-    for line in found:
-        line.pop("tokens_per_second", None)
-    return [line for line in found if kind in (None, line["kind"])]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder and the result of a run that was never interrupted."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    result = train(settings(), output)
-    torch.set_num_threads(threads)
-    return output, result
-
-
-def assert_same_run(output, whole):
-    """Losses, rates, norms and weights are equal in every bit."""
-    expected, _ = whole
-    assert lines(output) == lines(expected)
-    for name, weight in load_file(expected / "model.safetensors").items():
-        assert torch.equal(load_file(output / "model.safetensors")[name], weight), name
-
-
 # ------------------------------------------------------------------------------------------- steps
 
 
 @pytest.mark.parametrize("steps", [None, 8])
 def test_training_is_that_of_the_formulas(steps, float64, tmp_path, corpus):
     """The same losses as a loop of plain torch, with clipping, warm-up and decay in effect."""
-    recover = {} if steps is None else {"gain_scheme": "recover", "recover_steps": steps}
-    chosen = settings(clip_norm=0.5, learning_rate=1e-2, weight_decay=0.2, **recover)
-    result = train(chosen, tmp_path / "run")
+    changes = {"clip_norm": 0.5, "learning_rate": 1e-2, "weight_decay": 0.2}
+    if steps is not None:
+        changes |= {"gain_scheme": "recover", "recover_steps": steps}
+    result = train(tmp_path / "run", **changes)
     found = lines(tmp_path / "run", "train")
 
-    model = trainer.build(chosen)
+    model = trainer.build(settings(**changes))
     tables = {id(model.embedding.weight)}
     parameters = list(model.parameters())
     decayed = [p for p in parameters if p.ndim == 2 and id(p) not in tables]
@@ -114,7 +60,7 @@ def test_training_is_that_of_the_formulas(steps, float64, tmp_path, corpus):
             rate = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 3) / 9)) / 2
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * rate
-        if recover:
+        if steps is not None:
             anneal_gains(model, min(1, step / steps))
         batch = sample_batch(corpus.train, 4, 15, step_generator(0, step))
         logits = model(batch).logits[:, :-1].flatten(0, 1)
@@ -132,7 +78,7 @@ def test_training_is_that_of_the_formulas(steps, float64, tmp_path, corpus):
         assert line["gradient_norm"] == pytest.approx(norm, rel=1e-9)
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-9)
     assert clipped == 12
-    if recover:
+    if steps is not None:
         anneal_gains(model, 1)
     windows = fixed_windows(corpus.validation, 6, 15)
     with torch.no_grad():
@@ -140,9 +86,9 @@ def test_training_is_that_of_the_formulas(steps, float64, tmp_path, corpus):
 
 
 def test_a_norm_of_0_does_not_clip(float64, tmp_path):
-    train(settings(clip_norm=0.0), tmp_path / "off")
-    train(settings(clip_norm=1e9), tmp_path / "far")
-    train(settings(clip_norm=1e-3), tmp_path / "near")
+    train(tmp_path / "off", clip_norm=0.0)
+    train(tmp_path / "far", clip_norm=1e9)
+    train(tmp_path / "near", clip_norm=1e-3)
     off, far, near = (
         [line["loss"] for line in lines(tmp_path / name, "train")]
         for name in ("off", "far", "near")
@@ -153,7 +99,7 @@ def test_a_norm_of_0_does_not_clip(float64, tmp_path):
 def test_accumulation_does_not_change_the_step(float64, tmp_path):
     results = []
     for parts in (1, 2, 4):
-        train(settings(accumulation=parts), tmp_path / str(parts))
+        train(tmp_path / str(parts), accumulation=parts)
         results.append(lines(tmp_path / str(parts)))
     for other in results[1:]:
         assert [line["loss"] for line in other] == pytest.approx(
@@ -172,8 +118,7 @@ def test_runs_of_a_seed_see_the_same_text_whatever_the_model(tmp_path, monkeypat
 
     monkeypatch.setattr(trainer._Run, "_batch", remember)
     for method, seed in (("shaped", 0), ("pre_ln", 0), ("shaped", 1)):
-        chosen = settings(method=method, seed=seed, steps=4)
-        train(chosen, tmp_path / f"{method}{seed}")
+        train(tmp_path / f"{method}{seed}", method=method, seed=seed, steps=4)
     shaped, pre_ln, other = (torch.stack(found) for found in batches.values())
     assert torch.equal(shaped, pre_ln)
     assert not torch.equal(shaped, other)
@@ -195,7 +140,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(tmp_path, whole
         lambda module, _, out: dtypes.add(out.dtype) if isinstance(module, Projection) else None
     )
     try:
-        train(settings(precision="bf16"), tmp_path / "run")
+        train(tmp_path / "run", precision="bf16")
     finally:
         hook.remove()
     # Products that are mixed into the stream take its float32.
@@ -270,7 +215,7 @@ def test_tensorboard_has_the_same_numbers(whole):
 
 
 def test_losses_are_recorded_every_few_steps(tmp_path, whole):
-    train(settings(log_every=5), tmp_path / "run")
+    train(tmp_path / "run", log_every=5)
     found = lines(tmp_path / "run", "train")
     # Also where there is a checkpoint, and at the end.
     assert [line["step"] for line in found] == [4, 5, 8, 10, 12]
@@ -315,7 +260,6 @@ def test_a_killed_run_goes_on_with_the_same_losses(kill, tmp_path, whole):
     script = KILLED.format(patch=textwrap.dedent(KILLS[kill]), values=TINY)
     process = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "run")],
-        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -328,44 +272,36 @@ def test_a_killed_run_goes_on_with_the_same_losses(kill, tmp_path, whole):
     assert folders == [*part, "step-00000004"]
     time.sleep(1.1)  # TensorBoard orders its files by their names, which count seconds
     steps = []
-    result = train(
-        settings(), tmp_path / "run", on_progress=lambda progress: steps.append(progress.step)
-    )
+    result = train(tmp_path / "run", on_progress=lambda progress: steps.append(progress.step))
     assert steps == list(range(5, 13))
     assert result.validation == whole[1].validation
-    assert_same_run(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", whole[0])
     scalars = read_tensorboard(tmp_path / "run")["train/loss"]
     assert scalars == read_tensorboard(whole[0])["train/loss"]
 
 
-def test_a_stop_request_saves_and_the_run_goes_on(tmp_path, whole):
-    asked = iter([False] * 5 + [True])
-    result = train(settings(), tmp_path / "run", stop=lambda: next(asked))
-    assert (result.status, result.step) == ("interrupted", 5)
+@pytest.mark.parametrize("steps", [0, 5])
+def test_a_stop_request_saves_and_the_run_goes_on(steps, tmp_path, whole):
+    result = train(tmp_path / "run", stop_after=steps)
+    assert (result.status, result.step) == ("interrupted", steps)
     assert not (tmp_path / "run" / "result.json").exists()
-    assert train(settings(), tmp_path / "run").status == "finished"
-    assert_same_run(tmp_path / "run", whole)
-
-
-def test_a_stop_request_before_the_first_step_leaves_a_run_that_can_start(tmp_path, whole):
-    assert train(settings(), tmp_path / "run", stop=lambda: True).step == 0
-    assert train(settings(), tmp_path / "run").step == 12
-    assert_same_run(tmp_path / "run", whole)
+    assert train(tmp_path / "run").status == "finished"
+    assert_same_run(tmp_path / "run", whole[0])
 
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_the_last_checkpoints_are_kept(keep, tmp_path):
-    train(settings(keep_checkpoints=keep), tmp_path / "run")
+    train(tmp_path / "run", keep_checkpoints=keep)
     found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert found == ["step-00000004", "step-00000008", "step-00000012"][-keep:]
     for name in found:
         assert checkpoints.find_damage(tmp_path / "run" / "checkpoints" / name) is None
 
 
-def test_a_run_that_has_ended_is_not_repeated(tmp_path, monkeypatch):
-    first = train(settings(), tmp_path / "run")
+def test_a_run_that_has_ended_is_not_repeated(whole, monkeypatch):
+    output, result = whole
     monkeypatch.setattr(trainer, "_Run", None)
-    assert train(settings(), tmp_path / "run") == first
+    assert train(output) == result
 
 
 def test_a_line_that_is_torn_is_left_out(tmp_path):
@@ -380,15 +316,15 @@ def test_a_line_that_is_torn_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("content", ["{", "3", "[]", '{"status": "finished"}', '{"validation": 3}'])
 def test_a_result_that_is_damaged_is_a_clear_error(content, tmp_path, whole):
-    first = train(settings(), tmp_path / "run")
+    shutil.copytree(whole[0], tmp_path / "run")
     path = tmp_path / "run" / "result.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"result\.json must be the result of a run.*Move it away"):
-        train(settings(), tmp_path / "run")
+        train(tmp_path / "run")
     assert path.read_text() == content
     path.rename(tmp_path / "away")
-    assert train(settings(), tmp_path / "run").validation == first.validation
-    assert_same_run(tmp_path / "run", whole)
+    assert train(tmp_path / "run").validation == whole[1].validation
+    assert_same_run(tmp_path / "run", whole[0])
 
 
 # ------------------------------------------------------------------------------------ other folders
@@ -406,24 +342,23 @@ def test_a_folder_of_another_run_is_refused(changes, message, whole):
     output, _ = whole
     before = {path: path.read_bytes() for path in output.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match=message):
-        train(settings(**changes), output)
+        train(output, **changes)
     assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
 
 
 def test_bookkeeping_may_change_between_the_parts_of_a_run(tmp_path, whole):
-    asked = iter([False] * 4 + [True])
-    train(settings(), tmp_path / "run", stop=lambda: next(asked))
-    train(settings(keep_checkpoints=5, checkpoint_every=3), tmp_path / "run")
-    assert_same_run(tmp_path / "run", whole)
+    train(tmp_path / "run", stop_after=4)
+    train(tmp_path / "run", keep_checkpoints=5, checkpoint_every=3)
+    assert_same_run(tmp_path / "run", whole[0])
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("do not touch")
     with pytest.raises(ValueError, match="output must be a new folder.*which holds other files"):
-        train(settings(), tmp_path)
+        train(tmp_path)
     (tmp_path / "run.json").write_text('{"settings": 3}')
     with pytest.raises(ValueError, match=r"whose run\.json is none of ours"):
-        train(settings(), tmp_path)
+        train(tmp_path)
 
 
 def test_a_number_of_processes_belongs_to_a_run(whole, corpus):
@@ -437,8 +372,8 @@ def test_a_number_of_processes_belongs_to_a_run(whole, corpus):
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     # Steps so large that the third loss overflows.
-    chosen = settings(learning_rate=1e30, clip_norm=0.0, schedule="constant", warmup_steps=0)
-    result = train(chosen, tmp_path / "run")
+    changes = {"learning_rate": 1e30, "clip_norm": 0.0, "schedule": "constant", "warmup_steps": 0}
+    result = train(tmp_path / "run", **changes)
     assert result.status == "diverged"
     assert result.reason == f"the loss is nan in step {result.step + 1}"
     assert 1 <= result.step < 4
@@ -449,47 +384,38 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     assert (recorded["status"], recorded["reason"]) == ("diverged", result.reason)
     assert not (tmp_path / "run" / "model.safetensors").exists()
     monkeypatch.setattr(trainer, "_Run", None)
-    assert train(chosen, tmp_path / "run") == result
+    assert train(tmp_path / "run", **changes) == result
 
 
-def poison(monkeypatch, when):
-    """Make a gradient NaN in one step, or a weight from the start."""
-    build, backward = trainer.build, trainer._Run._backward
+@pytest.mark.parametrize("log_every", [1, 100])  # step 8 is also that of a checkpoint
+def test_a_gradient_that_is_not_finite_ends_the_run_before_its_step(
+    log_every, tmp_path, monkeypatch
+):
+    backward = trainer._Run._backward
 
-    def poisoned_build(chosen):
-        model = build(chosen)
-        with torch.no_grad():
-            model.head.weight[0, 0] = math.inf
-        return model
-
-    def poisoned_backward(run, batch):
+    def poisoned(run, batch):
         loss, norm = backward(run, batch)
-        return loss, norm * (math.nan if run.step == when else 1.0)
+        return loss, norm * (math.nan if run.step == 7 else 1.0)
 
-    if when is None:
-        monkeypatch.setattr(trainer, "build", poisoned_build)
-    else:
-        monkeypatch.setattr(trainer._Run, "_backward", poisoned_backward)
-
-
-def test_a_gradient_that_is_not_finite_ends_the_run_before_its_step(tmp_path, monkeypatch):
-    poison(monkeypatch, 6)
-    result = train(settings(), tmp_path / "run")
-    assert result.step == 6
-    assert result.reason == "the norm of the gradient is nan in step 7"
-
-
-def test_a_checkpoint_never_has_weights_that_are_not_finite(tmp_path, monkeypatch):
-    poison(monkeypatch, 7)  # step 8, of a checkpoint, although losses are recorded every 100 steps
-    result = train(settings(log_every=100), tmp_path / "run")
+    monkeypatch.setattr(trainer._Run, "_backward", poisoned)
+    result = train(tmp_path / "run", log_every=log_every)
     assert (result.status, result.step) == ("diverged", 7)
+    assert result.reason == "the norm of the gradient is nan in step 8"
     folders = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert folders == ["step-00000004"]
 
 
 def test_a_network_that_is_not_finite_at_the_start_has_no_loss(tmp_path, monkeypatch):
-    poison(monkeypatch, None)
-    result = train(settings(), tmp_path / "run")
+    build = trainer.build
+
+    def poisoned(chosen):
+        model = build(chosen)
+        with torch.no_grad():
+            model.head.weight[0, 0] = math.inf
+        return model
+
+    monkeypatch.setattr(trainer, "build", poisoned)
+    result = train(tmp_path / "run")
     assert (result.status, result.step, result.loss) == ("diverged", 0, None)
     assert result.reason == "the validation loss is nan after 0 steps"
 
@@ -498,7 +424,7 @@ def test_text_that_is_too_short_is_a_clear_error(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("x" * 100)
     with pytest.raises(ValueError, match="data must hold more than length"):
-        train(settings(data=str(text)), tmp_path / "run")
+        train(tmp_path / "run", data=str(text))
 
 
 def test_an_unknown_device_is_a_clear_error(tmp_path):
