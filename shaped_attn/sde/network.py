@@ -235,14 +235,11 @@ class _Networks:
         settings, tokens = self.settings, self.v0.shape[-1]
         frame = normal((paths, settings.width, tokens), self.v0, self.generator)
         rows = torch.linalg.qr(frame).Q.mT
-        self._stack(paths)
-        return (math.sqrt(settings.width) * root_of(self.v0) @ rows).to(self.dtype)
-
-    def _stack(self, networks: int) -> None:
         self.stacks = {
-            module: weight.new_empty(networks, *weight.shape)
+            module: weight.new_empty(paths, *weight.shape)
             for module, weight in self.weights.items()
         }
+        return (math.sqrt(settings.width) * root_of(self.v0) @ rows).to(self.dtype)
 
     def covariance(self, state: Tensor) -> Tensor:
         """Return X X^T / n, (networks, m, m), in float64."""

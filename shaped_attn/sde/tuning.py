@@ -72,6 +72,7 @@ class Interval:
         search_range: least and largest value that the search may try.
         resolution: an end is followed to this difference (branch gain) or ratio (tau0).
         candidates: all that was tried, ascending in the parameter.
+        nearest: the candidate whose median is nearest to the band; None if nothing was tried.
         is_complete: False if the search was stopped: the ends are then only as far as it came.
     """
 
@@ -81,20 +82,13 @@ class Interval:
     search_range: tuple[float, float]
     resolution: float
     candidates: tuple[Candidate, ...]
-    band: tuple[float, float]
+    nearest: Candidate | None
     is_complete: bool
 
     @property
     def is_found(self) -> bool:
         """Whether a value that keeps the median in the band is known."""
         return self.low is not None
-
-    @property
-    def nearest(self) -> Candidate | None:
-        """The candidate whose median is nearest to the band; None if nothing was tried."""
-        return min(
-            self.candidates, key=lambda c: _distance(c.correlation.value, self.band), default=None
-        )
 
 
 @dataclass(frozen=True)
@@ -126,8 +120,7 @@ class Tuning:
         for name in ("branch_gain", "tau0"):
             interval = getattr(self, name)
             if interval is not None:
-                del found[name]["band"]
-                found[name].update(is_found=interval.is_found, nearest=plain(interval.nearest))
+                found[name]["is_found"] = interval.is_found
         return found
 
 
@@ -274,6 +267,11 @@ class _Search:
         value = self.found[index].correlation.value
         return (value > self.band[1]) - (value < self.band[0])
 
+    def _distance(self, candidate: Candidate) -> float:
+        """Return how far the median is from the band."""
+        value = candidate.correlation.value
+        return max(self.band[0] - value, value - self.band[1], 0.0)
+
     def _first_inside(self) -> int | None:
         for before, index in zip([None, *self.scan], self.scan, strict=False):
             if self._side(index) == 0:
@@ -321,13 +319,9 @@ class _Search:
             (min(rungs), max(rungs)),
             self.resolution,
             tuple(candidates),
-            self.band,
+            min(candidates, key=self._distance, default=None),
             is_complete,
         )
-
-
-def _distance(value: float, band: tuple[float, float]) -> float:
-    return max(band[0] - value, value - band[1], 0.0)
 
 
 def _check_range(name: str, value: tuple[float, float], most: float) -> tuple[float, float]:

@@ -53,18 +53,6 @@ def distance(first, second):
     )
 
 
-def test_ks_of_four_numbers_by_hand():
-    # Below 2.5: half of the first and none of the second; it never gets wider than that.
-    first = make_sample([0.0] * 4, [1.0, 2.0, 3.0, 4.0])
-    second = make_sample([0.0] * 4, [2.5, 3.5, 4.5, 5.5])
-    statistics = compare(first, second).statistics
-    assert {name: statistic.ks for name, statistic in statistics.items()} == {
-        "rho_12": 0.0,
-        "V_11": 0.5,
-        "V_22": 0.0,
-    }
-
-
 def test_ks_is_the_definition_and_scipys():
     first, second = random_sample(37), random_sample(60, shift=0.4)
     # Ties, within a sample and across.
@@ -99,19 +87,8 @@ def test_critical_values():
         assert statistic.uncorrected_critical == comparison.uncorrected_critical
 
 
-def test_samples_of_one_law_disagree_as_often_as_the_level_says():
-    level, repeats = 0.2, 300
-    wrong = sum(
-        not compare(random_sample(150), random_sample(250), level).agrees for _ in range(repeats)
-    )
-    # Three independent tests at a third of the level each; without the correction, of all of it.
-    expected, uncorrected = 1 - (1 - level / 3) ** 3, 1 - (1 - level) ** 3
-    deviations = 4 * math.sqrt(expected * (1 - expected) / repeats)
-    assert expected - deviations < wrong / repeats < expected + deviations < uncorrected
-
-
 def test_the_default_level_is_one_in_a_hundred():
-    """As above with more draws, for which the KS statistics are computed all at once."""
+    """Of samples of one law, three statistics each; it would be three without the correction."""
     critical = compare(random_sample(150), random_sample(250)).critical
     steps = torch.cat((torch.full((150,), 1 / 150), torch.full((250,), -1 / 250)))
     wrong = repeats = 0
@@ -292,29 +269,26 @@ def test_the_last_times_may_differ_by_rounding():
         compare(make_sample([0.1], time=0.3), make_sample([0.1], time=0.301))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"first": make_sample([])}, "first must have at least one path"),
+        ({"second": make_sample([])}, "second must have at least one path"),
+        ({"second": torch.eye(2)}, "second must be a CovarianceSample, got Tensor"),
+        ({"second": make_sample([0.1], time=0.5)}, "same depth / width, got 1 and 0.5"),
+        ({"second": make_sample([0.1]).at(0)}, "same depth / width, got 1 and 0"),
+        ({"level": 0}, "level must be between 0 and 1"),
+        ({"level": 1}, "level must be between 0 and 1"),
+        ({"level": NAN}, "level must be finite"),
+        ({"level": "0.01"}, "level must be a number"),
+    ],
+)
+def test_arguments(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        compare(**{"first": make_sample([0.1]), "second": make_sample([0.1]), **change})
+
+
 def test_samples_of_different_tokens():
     other = CovarianceSDE().sample(equicorrelated(3, 0.2), paths=2, steps=8)
     with pytest.raises(ValueError, match="same number of tokens, got 2 and 3"):
         compare(make_sample([0.1]), other)
-
-
-@pytest.mark.parametrize("name", ["first", "second"])
-def test_samples_without_a_path(name):
-    samples = {"first": make_sample([0.1]), "second": make_sample([0.1])}
-    samples[name] = make_sample([])
-    with pytest.raises(ValueError, match=f"{name} must have at least one path"):
-        compare(**samples)
-
-
-@pytest.mark.parametrize("level", [0, 1, -0.1, 1.5, NAN])
-def test_levels_out_of_range(level):
-    with pytest.raises(ValueError, match="level must be"):
-        compare(make_sample([0.1]), make_sample([0.1]), level)
-
-
-def test_wrong_types():
-    sample = make_sample([0.1])
-    with pytest.raises(TypeError, match="second must be a CovarianceSample, got Tensor"):
-        compare(sample, sample.covariances)
-    with pytest.raises(TypeError, match="level must be a number"):
-        compare(sample, sample, "0.01")

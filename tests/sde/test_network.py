@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from covariances import generic, seeded
+from covariances import generic, seeded, stop_at
 
 from shaped_attn.nn import Projection
 from shaped_attn.sde import CovarianceSDE, Detuning, FiniteNetwork, compare, equicorrelated, moments
@@ -410,20 +410,13 @@ def test_without_width_in_the_temperature_norms_grow():
 
 
 def test_stop_keeps_finished_chunks():
-    network = FiniteNetwork(width=8, depth=5, mlp=False)
-    calls = []
-
-    def stop():
-        calls.append(None)
-        return len(calls) > 13
-
     seen = []
-    sample = network.sample(
+    sample = FiniteNetwork(width=8, depth=5, mlp=False).sample(
         equicorrelated(2, 0.1),
         10,
         seeded(),
         chunk=4,
-        stop=stop,
+        stop=stop_at(13),
         on_progress=lambda done, total: seen.append((done, total)),
     )
     assert (sample.paths, sample.requested, sample.is_complete) == (8, 10, False)
