@@ -32,9 +32,9 @@ endef
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-demo:  ## install into a fresh environment, run `shaped-attn demo`
+demo:  ## install into a fresh environment, run `shaped-attn demo`: 3 minutes after that
 	rm -rf build  # setuptools would pack deleted modules that are still in there
-	$(call fresh_venv,$(DEMO_VENV),.)
+	$(call fresh_venv,$(DEMO_VENV),".[train]")
 	$(DEMO_VENV)/bin/shaped-attn demo
 
 test:  ## install into a fresh environment, run the tests that are not slow

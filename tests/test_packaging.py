@@ -1,15 +1,13 @@
 import configparser
 import email
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from fresh_python import python
 
 REPO = Path(__file__).resolve().parents[1]
 VERSION = re.search(
@@ -39,9 +37,7 @@ def built(tmp_path_factory) -> Path:
         ".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "build", "dist", "*.egg-info"
     )
     shutil.copytree(REPO, folder / "tree", ignore=junk)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "tree"]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout + run.stderr
+    python("-m", "build", "--no-isolation", "--outdir", "dist", "tree", cwd=folder, timeout=600)
     return folder / "dist"
 
 
@@ -115,6 +111,7 @@ def test_metadata(wheel):
         "rich",
         "matplotlib",
         "scipy",
+        "jinja2",
     }
     assert "Apache License" in dist_info(wheel, "licenses/LICENSE")
 
@@ -133,19 +130,7 @@ def run_from_wheel(wheel, tmp_path):
     """Run code with the wheel's own files, although an editable install may be there as well."""
     wheel.extractall(tmp_path / "site")
 
-    def run(code: str) -> str:
-        process = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert process.returncode == 0, process.stdout + process.stderr
-        return process.stdout
-
-    return run
+    return lambda code: python("-c", code, cwd=tmp_path, path=[tmp_path / "site"])
 
 
 def test_wheel_imports(run_from_wheel, tmp_path):

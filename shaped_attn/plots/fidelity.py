@@ -61,7 +61,7 @@ def plot_centred_error(report: FidelityReport, *, title: str | None = None) -> F
         for which in "xy":
             style.tick_log_axis(axes, which)
         axes.set_xlabel("standard deviation of the logits")
-        axes.set_ylabel("relative error of the centred term")
+        axes.set_ylabel("error of the centred term")
         if len(dtypes) > 1:
             axes.set_title(dtype, loc="left", fontsize=11, color=style.INK)
     style.legend(figure, handles)
