@@ -167,6 +167,11 @@ def quantile_error(values: Tensor, levels: Sequence[float]) -> Tensor:
     return torch.stack(errors, dim=-1)
 
 
+def median(values: Tensor) -> Estimate:
+    """Return the median of (paths,) and its standard error."""
+    return Estimate(*(float(f(values, (0.5,))) for f in (quantile, quantile_error)))
+
+
 def fraction(is_true: Tensor) -> Estimate:
     """Return the fraction of (paths,) that is True.
 

@@ -14,7 +14,7 @@ from ..checks import check_numbers, fail
 from .integrators import Integrator
 from .paths import EIGENVALUE_RANGE, OnProgress, Stop
 from .process import CovarianceSDE
-from .sample import plain, quantile, quantile_error
+from .sample import median, plain
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,8 @@ def stopping_time_map(
         )
         if not sample.is_complete:
             break
-        capped = sample.stop_times.clamp(max=time)
-        median = (float(f(capped, (0.5,))) for f in (quantile, quantile_error))
-        values = (*median, *sample.stopped_fraction(), *sample.exploded_fraction())
+        middle = median(sample.stop_times.clamp(max=time))
+        values = (*middle, *sample.stopped_fraction(), *sample.exploded_fraction())
         for name, value in zip(names, values, strict=True):
             found[name][row, column] = value
         if on_progress is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_numbers, fail
-from .sample import Estimate, mean_correlation, plain, quantile, quantile_error
+from .sample import Estimate, mean_correlation, median, plain
 
 if TYPE_CHECKING:
     from .process import CovarianceSDE
@@ -197,9 +197,9 @@ def tune(
         done += 1
         if on_progress is not None:
             on_progress(done, total)
-        values = mean_correlation(sample.final)
-        median = Estimate(*(float(f(values, (0.5,))) for f in (quantile, quantile_error)))
-        return Candidate(variant.branch_gain, variant.tau0, median, sample.exploded_fraction())
+        correlation = median(mean_correlation(sample.final))
+        blow_up = sample.exploded_fraction()
+        return Candidate(variant.branch_gain, variant.tau0, correlation, blow_up)
 
     # The most conservative value first.
     searches = [_Search("branch_gain", gains, _GAIN_SCAN, _GAIN_STEP, band, evaluate)]

@@ -340,3 +340,30 @@ def test_constants_do_not_depend_on_the_state_of_torch():
     with torch.device("meta"), torch.no_grad():
         assert (dks_constants(torch.tanh, 36), tat_slope(36)) == expected
         assert float(correlation_map(nn.ReLU(), 0.0)) == pytest.approx(1 / math.pi)
+
+
+# The rate of a shaped ReLU
+
+
+def test_relu_excess_at_the_ends():
+    """And beyond them, by rounding."""
+    rho = torch.tensor([1.0, -1.0, 1 + 4 * EPS, -1 - 4 * EPS], dtype=torch.float64)
+    found = activations.relu_excess(rho, 0.4, -1.1).tolist()
+    assert found == pytest.approx([0, 1.5**2 / 2, 0, 1.5**2 / 2], rel=4 * EPS, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_relu_excess_of_close_tokens(dtype):
+    """nu ~ (2 d)^{3/2} / (6 pi) for rho = 1 - d; the rounding of 1 - rho^2 once hid it.
+
+    The two terms of nu are about sqrt(2 d) and good to a few ulps, which is a relative eps / d
+    of their difference (2 d)^{3/2} / 3; the next order of that is a relative d.
+    """
+    d = 2.0 ** -torch.arange(6, 40 if dtype == torch.float64 else 16, dtype=torch.float64)
+    found = activations.relu_excess((1 - d).to(dtype), 0.0, -1.0).double()
+    expected = (2 * d) ** 1.5 / 3 / (2 * math.pi)
+    allowed = d + 8 * torch.finfo(dtype).eps / d
+    keep = allowed < 0.1
+    assert keep.sum() >= 5
+    assert ((found - expected).abs() <= allowed * expected)[keep].all()
+    assert (found >= 0).all()

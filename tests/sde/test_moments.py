@@ -13,7 +13,6 @@ from covariances import generic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shaped_attn.nn.activations import relu_excess
 from shaped_attn.sde import CovarianceSDE, Detuning, equicorrelated, moments
 from shaped_attn.sde.settings import variance_correction
 
@@ -302,34 +301,6 @@ class TestFullMask:
 
 
 class TestMLP:
-    def test_at_the_ends(self):
-        c_plus, c_minus = 0.4, -1.1
-        rho = torch.tensor([1.0, -1.0], dtype=torch.float64)
-        found = relu_excess(rho, c_plus, c_minus)
-        assert found[0] == 0
-        assert math.isclose(found[1], (c_plus - c_minus) ** 2 / 2, rel_tol=4 * EPS)
-
-    def test_rounding_beyond_the_ends(self):
-        rho = torch.tensor([1 + 4 * EPS, -1 - 4 * EPS], dtype=torch.float64)
-        found = relu_excess(rho, 0.0, 1.0)
-        assert found[0] == 0 and math.isclose(found[1], 0.5, rel_tol=4 * EPS)
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_close_tokens(self, dtype):
-        """nu ~ (2 d)^{3/2} / (6 pi) for rho = 1 - d; the rounding of 1 - rho^2 once hid it.
-
-        The two terms of nu are about sqrt(2 d) and good to a few ulps, which is a relative eps / d
-        of their difference (2 d)^{3/2} / 3; the next order of that is a relative d.
-        """
-        d = 2.0 ** -torch.arange(6, 40 if dtype == torch.float64 else 16, dtype=torch.float64)
-        found = relu_excess((1 - d).to(dtype), 0.0, -1.0).double()
-        expected = (2 * d) ** 1.5 / 3 / (2 * math.pi)
-        allowed = d + 8 * torch.finfo(dtype).eps / d
-        keep = allowed < 0.1
-        assert keep.sum() >= 5
-        assert ((found - expected).abs() <= allowed * expected)[keep].all()
-        assert (found >= 0).all()
-
     @pytest.mark.parametrize("width", [4, 9, 64, 10**4])
     @pytest.mark.parametrize("rho", [-0.95, -0.3, 0.0, 0.5, 0.99])
     @pytest.mark.parametrize("slopes", [(0.0, -1.0), (0.5, -1.0), (-0.3, 1.4), (0.7, 0.7)])
