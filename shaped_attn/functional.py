@@ -155,20 +155,11 @@ def shaped_attention(
         )
         return (out, lse) if return_lse else out
     with torch.autocast(device_type, enabled=False) if under_autocast else nullcontext():
+        arguments = (q, k, v, residual, gains, visibility)
         if impl == "torch":
-            out, lse = composite.attention(
-                q, k, v, residual, gains, visibility, prior=table, return_lse=return_lse
-            )
+            out, lse = composite.attention(*arguments, prior=table, return_lse=return_lse)
         else:
-            log_prior = None
-            if table is not None:
-                q_offset, key_start = visibility.q_offset, visibility.key_start
-                log_prior = table.log_rows(
-                    0, q.shape[2], k.shape[2], q_offset=q_offset, key_start=key_start
-                )
-            out, lse = reference.attention(
-                q, k, v, residual, gains, visibility, log_prior=log_prior
-            )
+            out, lse = reference.attention(*arguments, prior=table)
     return (out, lse) if return_lse else out
 
 

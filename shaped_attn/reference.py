@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Gains, accumulation_dtype, is_zero, output_dtype, per_head
+from .priors import PriorTable
 from .visibility import Visibility
 
 
@@ -41,7 +42,7 @@ def attention(
     gains: Gains,
     visibility: Visibility,
     *,
-    log_prior: Tensor | None = None,
+    prior: PriorTable | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute shaped attention with the matrices P (softmax) and A0 (prior) written out.
@@ -59,7 +60,7 @@ def attention(
         q, k, v, residual: as in `shaped_attention`.
         gains: the weights and the scale.
         visibility: the keys that each query sees, validated.
-        log_prior: log A0, broadcastable to (B, H, T, S); -inf hides a key. None: 1 / n_i.
+        prior: with log A0; -inf hides a key. None: A0_ij = 1 / n_i.
         compute_dtype: of all arithmetic. None: float32, or float64 for float64 inputs. The dtype
             of q gives what eager torch in that dtype computes.
 
@@ -69,7 +70,7 @@ def attention(
     lse_dtype = accumulation_dtype(q.dtype)
     dtype = lse_dtype if compute_dtype is None else compute_dtype
     out_dtype = output_dtype(q, residual)
-    heads, queries = q.shape[1], q.shape[2]
+    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
     group = heads // k.shape[1]
     visible = visible_keys(q, k, visibility)
     q = q.to(dtype)
@@ -77,16 +78,18 @@ def attention(
     v = v.to(dtype).repeat_interleave(group, dim=1)
 
     logits = per_head(gains.scale, dtype) * (q @ k.transpose(-1, -2))
-    if log_prior is None:
+    if prior is None:
         count = visible.sum(-1, keepdim=True)
-        prior = visible.to(dtype) / count.clamp(min=1).to(dtype)
-        prior_sum = (count > 0).to(dtype)
+        weights = visible.to(dtype) / count.clamp(min=1).to(dtype)
+        weight_sum = (count > 0).to(dtype)
     else:
+        q_offset, key_start = visibility.q_offset, visibility.key_start
+        log_prior = prior.log_rows(0, queries, keys, q_offset=q_offset, key_start=key_start)
         log_prior = log_prior.to(dtype)
         visible = visible & (log_prior > -torch.inf)
         log_prior = torch.where(visible, log_prior, 0)
-        prior = torch.where(visible, log_prior.exp(), 0)
-        prior_sum = prior.sum(-1, keepdim=True)
+        weights = torch.where(visible, log_prior.exp(), 0)
+        weight_sum = weights.sum(-1, keepdim=True)
         logits = logits + log_prior
 
     # A row without a visible key goes through softmax with zero logits and is zeroed after it: a
@@ -96,8 +99,8 @@ def attention(
     probabilities = torch.where(visible, logits.softmax(-1), 0)
     lse = logits.logsumexp(-1).masked_fill(empty.squeeze(-1), -torch.inf).to(lse_dtype)
 
-    branch = per_head(gains.softmax, dtype) * (prior_sum * (probabilities @ v))
-    branch = branch - per_head(gains.center, dtype) * (prior @ v)
+    branch = per_head(gains.softmax, dtype) * (weight_sum * (probabilities @ v))
+    branch = branch - per_head(gains.center, dtype) * (weights @ v)
     if not is_zero(gains.identity):
         own = v[:, :, visibility.q_offset : visibility.q_offset + queries]
         branch = branch + per_head(gains.identity, dtype) * own

@@ -23,7 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
 from .arguments import Gains, accumulation_dtype
+from .checks import check_choice
 from .priors import ESPA, USPA, resolve_prior
+from .validation import complete
 from .visibility import Visibility
 
 _DTYPE_NAMES = {
@@ -68,31 +70,27 @@ class Case:
         for name, tied in (("kv_heads", "heads"), ("keys", "queries"), ("value_dim", "head_dim")):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self, tied))
-        for name, allowed in (
-            ("padding", (None, "left", "right", "both")),
-            ("mask", (None, "random", "keys", "rows")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {allowed}, got {getattr(self, name)!r}. Correct it."
-                )
+        check_choice("padding", self.padding, (None, "left", "right", "both"))
+        check_choice("mask", self.mask, (None, "random", "keys", "rows"))
 
     @property
     def id(self) -> str:
         """A name for the case, such as ``B2-T111-S130-H4-HKV2-D64-DV32-bf16-causal``."""
-        parts = [f"B{self.batch}", f"T{self.queries}"]
-        parts += [f"S{self.keys}"] if self.keys != self.queries else []
-        parts += [f"H{self.heads}"]
-        parts += [f"HKV{self.kv_heads}"] if self.kv_heads != self.heads else []
-        parts += [f"D{self.head_dim}"]
-        parts += [f"DV{self.value_dim}"] if self.value_dim != self.head_dim else []
-        parts += [_DTYPE_NAMES[self.dtype]]
-        parts += ["causal"] if self.is_causal else []
-        parts += [f"offset{self.q_offset}"] if self.q_offset is not None else []
-        parts += [f"pad_{self.padding}"] if self.padding else []
-        parts += [f"mask_{self.mask}"] if self.mask else []
-        parts += [f"res_{_DTYPE_NAMES[self.residual_dtype]}"] if self.residual_dtype else []
-        return "-".join(parts)
+        parts = {
+            f"B{self.batch}-T{self.queries}": True,
+            f"S{self.keys}": self.keys != self.queries,
+            f"H{self.heads}": True,
+            f"HKV{self.kv_heads}": self.kv_heads != self.heads,
+            f"D{self.head_dim}": True,
+            f"DV{self.value_dim}": self.value_dim != self.head_dim,
+            _DTYPE_NAMES[self.dtype]: True,
+            "causal": self.is_causal,
+            f"offset{self.q_offset}": self.q_offset is not None,
+            f"pad_{self.padding}": self.padding,
+            f"mask_{self.mask}": self.mask,
+            f"res_{_DTYPE_NAMES.get(self.residual_dtype)}": self.residual_dtype,
+        }
+        return "-".join(part for part, is_shown in parts.items() if is_shown)
 
     @property
     def scale(self) -> float:
@@ -216,27 +214,12 @@ def eager_attention(
     Its error against float64 is the yardstick of `assert_within_budget`. Gains are given by their
     names in `shaped_attention`; arguments are not checked.
     """
-    if scale is None:
-        scale = 1.0 / (q.shape[3] * math.sqrt(q.shape[1]))
-    q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    weights = Gains(scale=scale, **{name.removesuffix("_gain"): x for name, x in gains.items()})
     visibility = Visibility(is_causal, q_offset, key_start, key_end, attn_mask)
+    weights, visibility = complete(q, k, weights, visibility)
     table = resolve_prior(prior, q, k, visibility)
-    log_prior = None
-    if table is not None:
-        log_prior = table.log_rows(
-            0, q.shape[2], k.shape[2], q_offset=q_offset, key_start=key_start
-        )
     out, lse = reference.attention(
-        q,
-        k,
-        v,
-        residual,
-        Gains(scale=scale, **{name.removesuffix("_gain"): gain for name, gain in gains.items()}),
-        visibility,
-        log_prior=log_prior,
-        compute_dtype=q.dtype,
+        q, k, v, residual, weights, visibility, prior=table, compute_dtype=q.dtype
     )
     return (out, lse) if return_lse else out
 
@@ -422,21 +405,18 @@ def assert_within_spread(actual: Tensor, golden: Tensor, spread: Tensor, *, name
 
 def relative_error(actual: Tensor, golden: Tensor) -> float:
     """Return ``||actual - golden|| / ||golden||`` in the 2-norm; 0 if equal, even if zero."""
-    golden = golden.detach().double()
-    actual = actual.detach().to(golden)
-    difference, size = (actual - golden).norm().item(), golden.norm().item()
-    if difference == 0.0:
-        return 0.0
-    return difference / size if size > 0.0 else math.inf
+    return _error(actual, golden, order=2)
 
 
 def largest_error(actual: Tensor, golden: Tensor) -> float:
     """Return ``max |actual - golden| / max |golden|``; 0 if equal, even if zero."""
-    if actual.numel() == 0:
-        return 0.0
+    return _error(actual, golden, order=math.inf) if actual.numel() else 0.0
+
+
+def _error(actual: Tensor, golden: Tensor, order: float) -> float:
     golden = golden.detach().double()
-    actual = actual.detach().to(golden)
-    difference, size = (actual - golden).abs().max().item(), golden.abs().max().item()
+    pair = (actual.detach().to(golden) - golden, golden)
+    difference, size = (torch.linalg.vector_norm(x, order).item() for x in pair)
     if difference == 0.0:
         return 0.0
     return difference / size if size > 0.0 else math.inf
