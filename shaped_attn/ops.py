@@ -19,12 +19,14 @@ of what the schema cannot hold, and is the function to call.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, validation
 from .arguments import Gains, accumulation_dtype, is_zero, output_dtype
@@ -66,16 +68,19 @@ class Saved(NamedTuple):
 
 
 _GAINS = slice(Inputs._fields.index("identity_gain"), Inputs._fields.index("scale") + 1)
+_FIXED_GAINS = tuple(f"fixed_{name}" for name in validation.GAIN_NAMES)
+_NEEDS = ("needs_residual", "needs_gains", "needs_scale", "needs_prior")
 _TENSORS = ", ".join(
     f"Tensor? {name}=None" if name in Inputs._field_defaults else f"Tensor {name}"
     for name in Inputs._fields
 )
 _SAVED = ", ".join(f"Tensor? {name}=None" for name in Saved._fields)
-_FIXED = ", ".join(f"float fixed_{name}=1.0" for name in validation.GAIN_NAMES[:5])
+_FIXED = ", ".join(f"float {name}=1.0" for name in _FIXED_GAINS[:5])
 _OPTIONS = (
     f"{_FIXED}, float? fixed_scale=None, bool is_causal=False, SymInt? q_offset=None,"
     ' str prior_form="dense", bool deterministic=True'
 )
+_NEEDED = ", ".join(f"bool {name}=False" for name in _NEEDS)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
@@ -84,8 +89,7 @@ _library.define(
 )
 _library.define(
     f"attention_backward(Tensor? d_out, Tensor? d_lse, {_TENSORS}, {_SAVED}, *, {_OPTIONS},"
-    " bool needs_residual=False, bool needs_gains=False, bool needs_scale=False,"
-    " bool needs_prior=False) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_residual,"
+    f" {_NEEDED}) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_residual,"
     " Tensor d_gains, Tensor d_scale, Tensor d_prior)"
 )
 _attention_op = torch.ops.shaped_attn.attention.default
@@ -104,30 +108,17 @@ def _uses_kernels(q: Tensor) -> bool:
     return q.device.type != "cpu" or validation.is_interpreted()
 
 
-def _bind(
-    inputs: Inputs,
-    fixed_identity_gain: float = 1.0,
-    fixed_softmax_gain: float = 1.0,
-    fixed_center_gain: float = 1.0,
-    fixed_skip_gain: float = 1.0,
-    fixed_branch_gain: float = 1.0,
-    fixed_scale: float | None = None,
-    is_causal: bool = False,
-    q_offset: int | None = None,
-    prior_form: str = "dense",
-    deterministic: bool = True,
-) -> tuple[Gains, Visibility, PriorTable | None]:
-    """Put the arguments of the operator together: gains that are tensors or numbers, and so on."""
-    fixed = (
-        fixed_identity_gain,
-        fixed_softmax_gain,
-        fixed_center_gain,
-        fixed_skip_gain,
-        fixed_branch_gain,
-        fixed_scale,
-    )
+def _bind(inputs: Inputs, options: dict) -> tuple[Gains, Visibility, PriorTable | None]:
+    """Put the arguments of the operator together: gains that are tensors or numbers, and so on.
+
+    The dispatcher leaves out options that have their default.
+    """
+    *fixed, scale = (options.get(name) for name in _FIXED_GAINS)
+    fixed = (*(1.0 if gain is None else gain for gain in fixed), scale)
     gains = Gains(*(f if t is None else t for t, f in zip(inputs[_GAINS], fixed, strict=True)))
+    is_causal, q_offset = options.get("is_causal", False), options.get("q_offset")
     visibility = Visibility(is_causal, q_offset, inputs.key_start, inputs.key_end, inputs.attn_mask)
+    prior_form = options.get("prior_form", "dense")
     table = None if inputs.prior is None else PriorTable(prior_form, inputs.prior)
     return gains, visibility, table
 
@@ -135,7 +126,7 @@ def _bind(
 def _checked(inputs: Inputs, options: dict) -> tuple[Gains, Visibility, PriorTable | None]:
     """The only check of a call, whether it comes from `shaped_attention` or from elsewhere."""
     q, k, v, residual = inputs[:4]
-    gains, visibility, table = _bind(inputs, **options)
+    gains, visibility, table = _bind(inputs, options)
     gains, visibility = validation.check_call(q, k, v, residual, gains, visibility)
     return gains, visibility, None if table is None else check_table(table, q, k)
 
@@ -208,39 +199,32 @@ def _split(tensors: tuple[Tensor | None, ...]) -> tuple[Inputs, Saved | None]:
 
 
 def _attention_backward(
-    d_out: Tensor | None,
-    d_lse: Tensor | None,
-    *tensors: Tensor | None,
-    needs_residual: bool = False,
-    needs_gains: bool = False,
-    needs_scale: bool = False,
-    needs_prior: bool = False,
-    **options,
+    d_out: Tensor | None, d_lse: Tensor | None, *tensors: Tensor | None, **options
 ):
     inputs, saved = _split(tensors)
     q, k, v, residual = inputs[:4]
-    gains, visibility, table = _bind(inputs, **options)
+    needs = [options.get(name, False) for name in _NEEDS]
+    needs_prior = needs[3]
+    gains, visibility, table = _bind(inputs, options)
     gains, visibility = validation.complete(q, k, gains, visibility)
     if d_out is None:
         shape = (*q.shape[:3], v.shape[3])
         d_out = q.new_zeros((), dtype=output_dtype(q, residual)).expand(shape)
     arguments = (d_out, d_lse, q, k, v, residual, gains, visibility)
-    needs = (needs_residual, needs_gains, needs_scale, needs_prior)
     if _uses_kernels(q):
         kernels = _kernels()
         if needs_prior:
             check_learnable(table)
-        prior_options = _prior_options(table, q, k, visibility.q_offset)
         grads = kernels.attention_bwd(
             *arguments,
             *saved,
             needs=kernels.Needs(*needs),
             is_deterministic=options.get("deterministic", True)
             or torch.are_deterministic_algorithms_enabled(),
-            **prior_options,
+            **_prior_options(table, q, k, visibility.q_offset),
         )
     else:
-        grads = _composite_backward(*arguments, table, *needs)
+        grads = _composite_backward(*arguments, table, needs)
     if needs_prior:
         d_prior, prior = grads[6], inputs.prior
         # A table that the heads share; a gradient of the composite has its shape already.
@@ -250,22 +234,9 @@ def _attention_backward(
     return (*grads[:3], *(a if g is None else g for g, a in zip(grads[3:], absent, strict=True)))
 
 
-def _composite_backward(
-    d_out,
-    d_lse,
-    q,
-    k,
-    v,
-    residual,
-    gains,
-    visibility,
-    table,
-    needs_residual,
-    needs_gains,
-    needs_scale,
-    needs_prior,
-):
+def _composite_backward(d_out, d_lse, q, k, v, residual, gains, visibility, table, needs):
     """Gradients of the composite on a CPU, from a second forward."""
+    needs_residual, needs_gains, needs_scale, needs_prior = needs
     heads = q.shape[1]
     dtype = accumulation_dtype(q.dtype)
     with torch.enable_grad():
@@ -290,8 +261,7 @@ def _composite_backward(
             prior=table,
             return_lse=d_lse is not None,
         )
-        inputs = [*tensors]
-        inputs += [skip_input] if needs_residual else []
+        inputs = [*tensors, *([skip_input] if needs_residual else [])]
         inputs += [w for w, is_needed in zip(weights, needed, strict=True) if is_needed]
         inputs += [table.values] if needs_prior else []
         outputs, cotangents = [out], [d_out]
@@ -309,17 +279,13 @@ def _composite_backward(
 
 
 def _attention_backward_fake(
-    d_out: Tensor | None,
-    d_lse: Tensor | None,
-    *tensors: Tensor | None,
-    needs_residual: bool = False,
-    needs_gains: bool = False,
-    needs_scale: bool = False,
-    needs_prior: bool = False,
-    **options,
+    d_out: Tensor | None, d_lse: Tensor | None, *tensors: Tensor | None, **options
 ):
     inputs, _ = _split(tensors)
     q, k, v, residual = inputs[:4]
+    needs_residual, needs_gains, needs_scale, needs_prior = (
+        options.get(name, False) for name in _NEEDS
+    )
     heads, prior = q.shape[1], inputs.prior
     out_shape = (*q.shape[:3], v.shape[3])
     return (
@@ -431,7 +397,6 @@ for _name, _function, _fake in (
 _library.impl("attention", _attention_autograd, "Autograd", with_keyset=True)
 
 
-@register_flop_formula(torch.ops.shaped_attn.attention)
 def _attention_flops(q_shape, k_shape, v_shape, *args, is_causal=False, out_shape=None, **kwargs):
     """Two products per visible pair: 2 B H T S (D + Dv), half of it if causal."""
     pairs = q_shape[0] * q_shape[1] * q_shape[2] * k_shape[2]
@@ -439,12 +404,44 @@ def _attention_flops(q_shape, k_shape, v_shape, *args, is_causal=False, out_shap
     return flops // 2 if is_causal else flops
 
 
-@register_flop_formula(torch.ops.shaped_attn.attention_backward)
 def _attention_backward_flops(
     d_out_shape, d_lse_shape, q_shape, k_shape, v_shape, *args, is_causal=False, **kwargs
 ):
     """2.5 times the forward: the convention that published figures use."""
     return 5 * _attention_flops(q_shape, k_shape, v_shape, is_causal=is_causal) // 2
+
+
+_FLOP_COUNTER = "torch.utils.flop_counter"
+
+
+def _register_flops(flop_counter: ModuleType) -> None:
+    register = flop_counter.register_flop_formula
+    register(torch.ops.shaped_attn.attention)(_attention_flops)
+    register(torch.ops.shaped_attn.attention_backward)(_attention_backward_flops)
+
+
+class _FlopFormulas(MetaPathFinder):
+    """Gives torch's counter the formulas when somebody imports it: it imports all of Triton."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _register_flops(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if _FLOP_COUNTER in sys.modules:
+    _register_flops(sys.modules[_FLOP_COUNTER])
+else:
+    sys.meta_path.insert(0, _FlopFormulas())
 
 
 def attention_from_gains(
@@ -461,8 +458,8 @@ def attention_from_gains(
     """Call the operator with gains that are numbers or tensors; return `out` and `lse`."""
     tensors = [gain if isinstance(gain, Tensor) else None for gain in gains]
     options = {
-        f"fixed_{name}": gain
-        for name, gain in zip(validation.GAIN_NAMES, gains, strict=True)
+        name: gain
+        for name, gain in zip(_FIXED_GAINS, gains, strict=True)
         if not isinstance(gain, Tensor)
     }
     if not deterministic:
