@@ -156,12 +156,6 @@ class TestRandomNumbers:
 
 
 class TestSample:
-    def test_attributes(self):
-        sample = CovarianceSDE().sample(equicorrelated(3, 0.2), 0.5, 5, 16)
-        assert (sample.source, sample.paths, sample.tokens, sample.requested) == ("sde", 5, 3, 5)
-        assert sample.times.dtype == sample.stop_times.dtype == torch.float64
-        assert sample.is_complete
-
     def test_defaults(self):
         """Up to depth = width, by the chain, frozen as in the paper; 33 snapshots."""
         sde = CovarianceSDE(mlp=False)
@@ -180,6 +174,8 @@ class TestSample:
         )
         assert torch.equal(default.covariances, explicit.covariances)
         assert len(default.times) == 33 and default.times[-1] == 1
+        assert (default.source, default.paths, default.requested) == ("sde", 3, 3)
+        assert default.times.dtype == default.stop_times.dtype == torch.float64
 
     def test_no_branch(self):
         """branch_gain 0: V stays."""
