@@ -1,9 +1,11 @@
 """What griffe, which reads the sources, has to be told of this package."""
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
-from griffe import Extension
+from griffe import ExprCall, ExprKeyword, Extension
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,10 +18,19 @@ class ShapedAttn(Extension):
             name = "nn.parameter_groups"
             pkg.set_member(name, pkg[f"{name}.parameter_groups"])
 
+    def on_attribute_instance(self, *, attr, **kwargs):
+        """Of a setting of a dataclass show the default alone."""
+        if isinstance(attr.value, ExprCall) and str(attr.value.function) == "setting":
+            given = [x for x in attr.value.arguments if not isinstance(x, ExprKeyword)]
+            attr.value = given[0] if given else None
+
     def on_object(self, *, obj, **kwargs):
         """Leave out what nobody calls; let "Example:" begin a section, as the plural does."""
         if obj.name in ("__post_init__", "extra_repr"):
             obj.parent.del_member(obj.name)
+        if obj.is_class and any("documented" in str(d.value) for d in obj.decorators):
+            found = getattr(importlib.import_module(obj.module.path), obj.name)
+            obj.docstring.value = inspect.getdoc(found)  # which its settings complete
         if obj.docstring is not None:
             text = obj.docstring.value
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)

@@ -1,8 +1,6 @@
-"""What the site takes from the repository as it stands, and the command without its imports."""
+"""What the site takes from the repository as it stands."""
 
 import re
-import sys
-import types
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -35,11 +33,3 @@ def on_files(files, config):
     for path in {*PAGES, *(path for page in PAGES for path in linked_files(page))}:
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
-
-
-def on_config(config):
-    # mkdocs-click imports shaped_attn.commands, which needs click alone; the package itself needs torch.
-    package = types.ModuleType("shaped_attn")
-    package.__path__ = [str(ROOT / "shaped_attn")]
-    sys.modules["shaped_attn"] = package
-    return config
