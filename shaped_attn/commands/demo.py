@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import sys
 import tempfile
@@ -179,7 +180,7 @@ def follow_tokens(work: Work) -> Part:
     part.headline = (ours, f"instead of {plain}")
     part.claim = (
         f"distance 1 - rho of the tokens after {MODEL['depth']} layers, with shaped attention in "
-        f"place of softmax; without skips {bare} with E-SPA instead of {plain_bare}"
+        f"place of softmax; without skips E-SPA keeps {bare}, softmax {plain_bare}"
     )
     return part
 
@@ -489,8 +490,13 @@ def render(metrics: Mapping[str, Any], figures: Mapping[str, Mapping[str, str]])
     )
     # A number that JSON lacks, such as NaN, is text.
     templates.filters["number"] = lambda x: x if isinstance(x, str) else fidelity.format_error(x)
-    templates.filters["distance"] = _distance
-    templates.filters["label"] = fidelity.label
+    templates.filters["decimals"] = lambda x: x if isinstance(x, str) else f"{x:.3f}"
+    templates.filters |= {"distance": _distance, "label": fidelity.label, "prose": _prose}
     environment_lines = environment.lines(metrics["environment"])
     template = templates.get_template("demo.html.jinja")
     return template.render(metrics, figures=figures, environment_lines=environment_lines)
+
+
+def _prose(text: str) -> str:
+    """Return words as a page has them: with Greek, and with numbers that no line's end breaks."""
+    return re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", text.replace("1 - rho", "1 − ρ"))

@@ -142,7 +142,7 @@ def test_the_page_shows_the_numbers_of_the_metrics(finished):
     _, parts, page = finished
     for part in parts.values():
         number, beside = part["headline"]
-        claim = part["claim"].replace("1 - rho", "1 − ρ")
+        claim = demo._prose(part["claim"])
         assert page.words.count(f"{number} {beside}") == 2  # the tile, and its section
         assert page.words.count(claim) == 2
     for m in parts["centred_term"]["measurements"]:
@@ -154,7 +154,8 @@ def test_the_page_shows_the_numbers_of_the_metrics(finished):
         assert f"{name} {start:.3f} {loss:.3f} 8 of 8" in page.words
     for name, statistic in parts["covariance"]["comparison"]["statistics"].items():
         numbers = (*(x[1] for x in statistic["quantiles"]), statistic["ks"], statistic["critical"])
-        assert " ".join((name, *map(fidelity.format_error, numbers))) in page.words
+        shown = " ".join(f"{x:.3f}" for x in numbers)
+        assert f"{name.replace('rho', 'ρ').replace('_', '')} {shown}" in page.words
     assert "Interrupted" not in page.words and "Failed" not in page.words
     assert "demo --steps 8 --seed 3" in page.words
 
@@ -220,7 +221,7 @@ def test_ctrl_c_in_any_part_writes_the_page_with_what_there_is(tmp_path, monkeyp
     assert f"Interrupted. {parts[name]['reason']}" in page.words
     assert parts[name]["reason"] in result.stdout
     for done in ORDER[:index]:
-        assert parts[done]["claim"].replace("1 - rho", "1 − ρ") in page.words
+        assert demo._prose(parts[done]["claim"]) in page.words
     if phase == "tokens":
         assert parts["tokens"]["settings"]["networks"] == 1 and "after 1 of 3" in page.words
     if phase == "training, softmax":
