@@ -178,8 +178,7 @@ class WidthChain:
         self.settings, self.v0, self.generator = settings, v0, generator
         self.width, self.head_dim, self.scale = width, head_dim, scale
         self.skip_gain = skip_gain
-        heads = settings.heads if settings.attention else 1
-        self.slices = heads if settings.out_proj == "none" else 1
+        self.slices = settings.slices
         self.shaped_matrix = ShapedMatrix(
             settings.zero_logit_attention(v0.shape[-1], v0),
             settings.identity_gain + settings.detuning.identity / width,

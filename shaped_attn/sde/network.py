@@ -159,8 +159,17 @@ class FiniteNetwork(BlockSettings):
         check_start(v0, eigenvalue_range, generator)
         check_size("networks", networks)
         check_choice("method", method, METHODS)
+        self.check_tokens(v0.shape[-1], method)
         if method == "chain":
-            simulation = self._chain(v0, generator)
+            simulation = WidthChain(
+                self,
+                v0,
+                width=self.width,
+                head_dim=self.head_dim,
+                scale=self.scale_value,
+                skip_gain=self.detuned_skip_gain,
+                generator=generator,
+            )
             chunk = _CHAIN_PATHS if chunk is None else chunk
         else:
             simulation = _Networks(self, v0, dtype, generator)
@@ -179,22 +188,15 @@ class FiniteNetwork(BlockSettings):
             stop=stop,
         )
 
-    def _chain(self, v0: Tensor, generator: torch.Generator | None) -> WidthChain:
-        chain = WidthChain(
-            self,
-            v0,
-            width=self.width,
-            head_dim=self.head_dim,
-            scale=self.scale_value,
-            skip_gain=self.detuned_skip_gain,
-            generator=generator,
-        )
-        least = 2 * v0.shape[-1] * chain.slices
+    def check_tokens(self, tokens: int, method: str) -> None:
+        """Check that the width is enough for ``tokens`` tokens and the method of `sample`."""
+        least, what = tokens, "networks"
+        if method == "chain":
+            least, what = 2 * tokens * self.slices, "the chain"
         if self.width < least:
-            rule = f"must be at least {least} for the chain of {v0.shape[-1]} tokens"
-            remedy = 'Use method="network", which takes any width from the number of tokens on.'
+            rule = f"must be at least {least} for {what} of {tokens} tokens"
+            remedy = "Give a larger one, or fewer tokens; networks need the least."
             fail(ValueError, "width", rule, self.width, remedy)
-        return chain
 
 
 class _Networks:
@@ -210,11 +212,6 @@ class _Networks:
         dtype: torch.dtype,
         generator: torch.Generator | None,
     ) -> None:
-        tokens = v0.shape[-1]
-        if settings.width < tokens:
-            rule = f"must be at least the number of tokens, {tokens}"
-            remedy = "X (m, n) could not have the covariance V0."
-            fail(ValueError, "width", rule, settings.width, remedy)
         if settings.prior is not None:
             rule = 'must be None for method="network"'
             fail(ValueError, "prior", rule, "a matrix", 'Use method="chain".')

@@ -30,6 +30,7 @@ from .sample import (
     plain,
     quantile,
     quantile_error,
+    statistic_name,
 )
 from .settings import BlockSettings
 from .start import check_covariance, equicorrelated
@@ -433,7 +434,7 @@ def compare_networks(
 def check_comparison(settings: Settings) -> None:
     """Check what `compare_networks` needs beyond `predict`."""
     tokens = settings.tokens
-    settings.network()
+    settings.network().check_tokens(tokens, settings.against)
     statistics = tokens * (tokens + 1) // 2
     if critical_value(LEVEL / statistics, settings.paths, settings.networks) >= 1:
         fail(
@@ -443,13 +444,6 @@ def check_comparison(settings: Settings) -> None:
             f"{settings.networks} and {settings.paths} for {statistics} statistics",
             "Give more of them.",
         )
-    if settings.against == "network" and settings.width < tokens:
-        rule = f"must be at least the number of tokens, {tokens}"
-        fail(ValueError, "width", rule, settings.width, "Give a larger one, or fewer tokens.")
-    slices = settings.heads if settings.attention and settings.out_proj == "none" else 1
-    if settings.against == "chain" and settings.width < 2 * tokens * slices:
-        rule = f"must be at least {2 * tokens * slices} for the chain"
-        fail(ValueError, "width", rule, settings.width, "Compare with networks themselves.")
 
 
 def assumptions(settings: Settings) -> list[str]:
@@ -502,11 +496,6 @@ def statistics_of(sample: CovarianceSample) -> dict[str, Tensor]:
     for i in (1, tokens):
         found[statistic_name("V", i, i, tokens)] = v[..., i - 1, i - 1]
     return found
-
-
-def statistic_name(symbol: str, i: int, j: int, tokens: int) -> str:
-    """Return the name of an entry in `CovarianceSample.statistics`."""
-    return f"{symbol}_{i}{'' if tokens < 10 else '_'}{j}"
 
 
 def _sample_data(sample: CovarianceSample, width: int) -> dict[str, Any]:

@@ -80,22 +80,21 @@ class CovarianceSample:
         scale = self.covariances.diagonal(dim1=-2, dim2=-1).rsqrt()
         rho = self.covariances * scale[..., :, None] * scale[..., None, :]
         return {
-            self._name("rho", i, j): rho[..., i, j]
+            statistic_name("rho", i + 1, j + 1, self.tokens): rho[..., i, j]
             for i in range(self.tokens)
             for j in range(i + 1, self.tokens)
         }
 
     def variances(self) -> dict[str, Tensor]:
         """Return V_ii, each (K, paths), by names as "V_11"."""
-        return {self._name("V", i, i): self.covariances[..., i, i] for i in range(self.tokens)}
+        return {
+            statistic_name("V", i + 1, i + 1, self.tokens): self.covariances[..., i, i]
+            for i in range(self.tokens)
+        }
 
     def statistics(self) -> dict[str, Tensor]:
         """Return all correlations, then all variances."""
         return {**self.correlations(), **self.variances()}
-
-    def _name(self, symbol: str, i: int, j: int) -> str:
-        separator = "" if self.tokens < 10 else "_"
-        return f"{symbol}_{i + 1}{separator}{j + 1}"
 
     def quantiles(self, levels: Sequence[float] = LEVELS) -> dict[str, Tensor]:
         """Return the quantiles over paths of every statistic, each (K, levels), by its name."""
@@ -134,6 +133,11 @@ class CovarianceSample:
             stop_times=self.stop_times[begin:end],
             exploded=self.exploded[begin:end],
         )
+
+
+def statistic_name(symbol: str, i: int, j: int, tokens: int) -> str:
+    """Return the name of an entry, counted from 1: "rho_12", from ten tokens on "rho_1_2"."""
+    return f"{symbol}_{i}{'' if tokens < 10 else '_'}{j}"
 
 
 def mean_correlation(v: Tensor) -> Tensor:

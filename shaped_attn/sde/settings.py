@@ -192,6 +192,11 @@ class BlockSettings:
                 "Give the attention matrix at zero logits itself, not its logarithm.",
             )
 
+    @property
+    def slices(self) -> int:
+        """Number of slices of X that differ in covariance: the heads, if no W_O mixes them."""
+        return self.heads if self.attention and self.out_proj == "none" else 1
+
     def head_gains(self, name: str, like: Tensor) -> Tensor:
         """Return ``softmax_gain`` or ``center_gain`` as (heads,)."""
         gain = getattr(self, name)

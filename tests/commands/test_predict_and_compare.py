@@ -346,7 +346,7 @@ def test_a_wrong_file_is_wrong_usage(write, content, message):
         ("compare", ("--networks", 3), "networks and paths must be enough"),
         ("compare", ("--heads", 3), "heads must divide width, 128, got 3"),
         ("compare", ("--width", 8, "--heads", 2, "--against", "chain"), "must be at least 16"),
-        ("compare", ("--width", 3, "--heads", 1), "at least the number of tokens, 4"),
+        ("compare", ("--width", 3, "--heads", 1), "at least 4 for networks of 4 tokens"),
         ("compare", ("--head-dim", 0), "head_dim must be at least 1"),
         ("compare", ("--band", 0.1, 0.2), "No such option"),
     ],
@@ -567,7 +567,8 @@ def interval(parameter, low=None, high=None, values=(0.05, 1.0), is_complete=Tru
     ends = [
         None if end is None else End(tried[values.index(end[0])], *end[1:]) for end in (low, high)
     ]
-    return Interval(parameter, *ends, (0.05, 1.0), 0.01, tried, (0.1, 0.3), is_complete)
+    nearest = tried[-1] if tried else None
+    return Interval(parameter, *ends, (0.05, 1.0), 0.01, tried, nearest, is_complete)
 
 
 @pytest.mark.parametrize(
