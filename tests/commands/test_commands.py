@@ -1,12 +1,11 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from fresh_python import python
 
 from shaped_attn import __version__, commands, environment, fidelity, shaped_attention
 from shaped_attn.commands import check, common
@@ -18,17 +17,9 @@ def invoke(*args):
     return CliRunner().invoke(commands.cli, list(args))
 
 
-def run_module(*args, **variables):
-    """Run `python -m shaped_attn` in a process of its own."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "shaped_attn", *args],
-        cwd=ROOT,
-        env={**env, **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_module(*args, **options):
+    """What `python -m shaped_attn` prints in a process of its own."""
+    return python("-m", "shaped_attn", *args, cwd=ROOT, **{"TRITON_INTERPRET": None} | options)
 
 
 def test_env_says_what_a_bug_report_needs():
@@ -174,22 +165,33 @@ def test_main_turns_an_interrupt_into_130_and_hides_no_error(monkeypatch, raised
 
 
 def test_the_module_is_the_command():
-    result = run_module("--version")
-    assert result.returncode == 0
-    assert result.stdout == f"shaped-attn, version {__version__}\n"
-    assert run_module("paint").returncode == 2
+    assert run_module("--version") == f"shaped-attn, version {__version__}"
+    assert "No such command" in run_module("paint", status=2)
+
+
+def test_the_help_of_every_command_imports_little():
+    code = """
+import sys
+from click.testing import CliRunner
+from shaped_attn import commands
+for name in commands.NAMES:
+    result = CliRunner().invoke(commands.cli, [name, "--help"])
+    assert result.exit_code == 0 and "Options:" in result.stdout, name
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+    heavy = {"matplotlib", "scipy", "rich", "jinja2", "triton"}
+    heavy |= {"accelerate", "datasets", "safetensors", "tensorboard", "transformers"}
+    assert not heavy & set(python("-c", code, cwd=ROOT).split())
 
 
 @pytest.mark.interpreter
 def test_check_turns_on_the_interpreter_by_itself():
     # torch may import Triton, which reads TRITON_INTERPRET at that moment, before the command does.
-    result = run_module("check", "--impl", "triton", "--quick", "--length", "16")
-    assert result.returncode == 0, result.stderr
-    assert "triton (interpreter), bf16, T = 16" in result.stdout
+    shown = run_module("check", "--impl", "triton", "--quick", "--length", "16")
+    assert "triton (interpreter), bf16, T = 16" in shown
 
 
 @pytest.mark.interpreter
 def test_check_does_not_pass_without_the_interpreter():
-    result = run_module("check", "--impl", "triton", TRITON_INTERPRET="0")
-    assert result.returncode == 2
-    assert "TRITON_INTERPRET=1" in result.stderr
+    errors = run_module("check", "--impl", "triton", status=2, TRITON_INTERPRET="0")
+    assert "TRITON_INTERPRET=1" in errors

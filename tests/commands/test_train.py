@@ -346,23 +346,6 @@ def test_without_the_extra_it_says_what_to_install(package, study, tmp_path, mon
     assert not (tmp_path / "run").exists()
 
 
-def test_other_commands_do_not_need_the_extra():
-    code = """
-import sys
-for name in ("accelerate", "tensorboard", "datasets"):
-    sys.modules[name] = None
-sys.argv = ["shaped-attn", "train", "--help"]
-from shaped_attn import commands
-before = set(sys.modules)
-commands.main()
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 0, process.stderr
-    assert "--study" in process.stdout
-
-
 # -------------------------------------------------------------------------------------------- study
 
 
