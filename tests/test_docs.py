@@ -2,13 +2,11 @@
 
 import importlib
 import inspect
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh_python import python
 
 REPO = Path(__file__).resolve().parents[1]
 MODULES = (
@@ -111,16 +109,7 @@ def test_docstrings_describe_the_arguments_that_there_are(module):
 def test_the_site_has_every_public_name(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings_handlers.python")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
-    run = subprocess.run(
-        command,
-        cwd=REPO,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    python("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, cwd=REPO)
     pages = "\n".join(page.read_text() for page in tmp_path.glob("api/*/index.html"))
     ids = set(re.findall(r'id="(shaped_attn[\w.]*)"', pages))
     expected = {f"{module}.{name}" for module in MODULES for name in public_members(module)}

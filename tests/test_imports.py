@@ -1,12 +1,14 @@
 """Every test here starts a fresh Python: what an import does shows only the first time."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
+import fresh_python
 import pytest
-from fresh_python import python
 
 REPO = Path(__file__).resolve().parents[1]
+python = partial(fresh_python.python, path=())
 
 
 @pytest.fixture
@@ -35,13 +37,26 @@ def test_import_stays_light(tmp_path):
     code = """
 import sys
 import torch
-import torch.utils.flop_counter  # itself imports triton where it is installed
 before = set(sys.modules)
 import shaped_attn
 added = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(*sorted(added & {"triton", "matplotlib", "click", "rich", "pytest", "hypothesis"}))
 """
     assert python("-c", code, cwd=tmp_path, path=[REPO]) == ""
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_flops_are_counted_whichever_import_comes_first(is_first, tmp_path):
+    imports = ["import torch.utils.flop_counter", "import shaped_attn"]
+    code = """
+import torch
+q = torch.randn(1, 2, 5, 16)
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    torch.ops.shaped_attn.attention(q, q, q)
+print(counter.get_total_flops())
+"""
+    code = "\n".join([*(imports if is_first else imports[::-1]), code])
+    assert python("-c", code, cwd=tmp_path, path=[REPO]) == str(4 * 2 * 5 * 5 * 16)
 
 
 def test_cpu_call_needs_no_triton(tmp_path):

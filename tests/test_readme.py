@@ -1,11 +1,10 @@
 """The README's Python runs as it stands, each block by itself."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh_python import python
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
@@ -22,10 +21,7 @@ def test_a_python_block_runs_in_a_fresh_interpreter(block, tmp_path):
     checks = [check for line, check in CHECKS.items() if line in block]
     program = tmp_path / "block.py"
     program.write_text("\n".join([block, *checks]))
-    done = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    python(program, cwd=tmp_path)
 
 
 def test_every_check_has_its_block():

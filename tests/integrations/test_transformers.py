@@ -5,12 +5,11 @@ import doctest
 import importlib.util
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_python import python
 
 transformers = pytest.importorskip("transformers", minversion="5.8")
 
@@ -436,8 +435,7 @@ def test_saved_config_is_refused_where_it_would_load_as_a_plain_model(tmp_path):
     code = (
         f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(tmp_path)!r})"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode != 0 and 'attn_implementation="shaped_attn"' in run.stderr
+    assert 'attn_implementation="shaped_attn"' in python("-c", code, status=1)
     with pytest.raises(ValueError, match="attn_implementation must be .shaped_attn.*'sdpa'"):
         AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
 
@@ -969,4 +967,4 @@ def test_example_of_the_docstring():
 
 def test_shaped_attn_does_not_import_transformers():
     code = "import sys, shaped_attn, shaped_attn.nn; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)

@@ -5,6 +5,14 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_calls import (
+    DTYPES,
+    GAINS,
+    assert_right,
+    of_dtype,
+    reference_attention,
+    triton_attention,
+)
 
 from shaped_attn import shaped_attention
 from shaped_attn.kernels import launch
@@ -14,7 +22,6 @@ from shaped_attn.testing import (
     SPREADS,
     Case,
     assert_within_budget,
-    assert_within_spread,
     eager_attention,
     forward_backward,
     make_inputs,
@@ -25,10 +32,6 @@ from shaped_attn.testing import (
 from shaped_attn.visibility import Visibility
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-GAIN_NAMES = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
-OUT_FACTOR, GRADIENT_FACTOR = 2, 2
 
 # Fewer, larger tiles: the interpreter's cost is per operation, not per element.
 LARGE_TILES = TileConfig(block_t=128, block_s=64, num_warps=4, num_stages=1, sum_block=64)
@@ -62,18 +65,13 @@ CASES = {
 }
 
 
-def of_dtype(case: Case, dtype: torch.dtype) -> Case:
-    residual_dtype = dtype if case.residual_dtype is ... else case.residual_dtype
-    return dataclasses.replace(case, dtype=dtype, residual_dtype=residual_dtype)
-
-
 def draw_gains(device, case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
     """Learnable gains per head, two of them shared; identity only where it is legal."""
     generator = torch.Generator().manual_seed(seed)
     typical = (0.9, 1.1, 0.8, 0.7, 0.6, 1 / case.head_dim**0.5)
     gains = {
         name: value * (1 + 0.3 * torch.randn(case.heads, generator=generator))
-        for name, value in zip(GAIN_NAMES, typical, strict=True)
+        for name, value in zip(GAINS, typical, strict=True)
     }
     gains["branch_gain"] = gains["branch_gain"][0]
     gains["center_gain"] = gains["center_gain"][0]
@@ -82,14 +80,6 @@ def draw_gains(device, case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
     if case.residual_dtype is None:
         del gains["skip_gain"]
     return {name: gain.to(device) for name, gain in gains.items()}
-
-
-def triton_attention(*args, **kwargs):
-    return shaped_attention(*args, **kwargs, impl="triton")
-
-
-def reference_attention(*args, **kwargs):
-    return shaped_attention(*args, **kwargs, impl="reference")
 
 
 def compare(device, case: Case, gains: dict, fixed: dict, **draw) -> None:
@@ -114,25 +104,10 @@ def compare(device, case: Case, gains: dict, fixed: dict, **draw) -> None:
         return run(reference_attention, lambda x: x.double())
 
     golden, spread = rounding_spread(exact, case.dtype) if gains else (exact(), {})
-    assert actual.keys() == golden.keys()
-    for name, value in actual.items():
-        if name.removeprefix("grad ") in gains:
-            assert_within_spread(value, golden[name], spread[name], name=name)
-            if case.dtype == torch.float32 and case.keys > 1:  # else that of the scale is 0
-                assert SPREADS * spread[name].norm() <= 0.01 * golden[name].norm(), name
-            continue
-        rounding = None
-        if name.startswith("grad"):
-            # Two roundings: of one factor of the product, and of its result.
-            rounding = torch.finfo(value.dtype).eps + 8 * torch.finfo(torch.float32).eps
-        assert_within_budget(
-            value,
-            golden[name],
-            eager[name],
-            factor=GRADIENT_FACTOR if name.startswith("grad") else OUT_FACTOR,
-            name=name,
-            rounding=rounding,
-        )
+    assert_right(actual, golden, eager, spread)
+    if case.dtype == torch.float32 and case.keys > 1:  # else that of the scale is 0
+        for name in (f"grad {gain}" for gain in gains):
+            assert SPREADS * spread[name].norm() <= 0.01 * golden[name].norm(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,13 +4,11 @@ Spills and serialised products are for tiles that were measured.
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import triton
+from fresh_python import compile_table
 
 from shaped_attn.kernels import compile_gate, configs
 
@@ -129,19 +127,7 @@ def test_changes_of_a_row():
 @pytest.mark.slow
 def test_all_configurations_compile_and_the_table_is_current(tmp_path):
     """Compiles in fresh processes: here the kernels may be decorated for the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    environment["PYTHONSAFEPATH"] = "1"
-    table = tmp_path / "table.csv"
-    done = subprocess.run(
-        [sys.executable, "-m", "shaped_attn.kernels.compile_gate", "--output", str(table)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = compile_gate.read_table(table)
+    rows = compile_gate.read_table(compile_table("shaped_attn.kernels.compile_gate", tmp_path))
     assert {row["arch"] for row in rows} == {"80", "90", "100", "gfx942"}
     committed = compile_gate.table_path()
     if committed.exists():

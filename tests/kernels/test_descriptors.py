@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from attention_calls import triton_attention
 
-from shaped_attn import ESPA, shaped_attention
+from shaped_attn import ESPA
 from shaped_attn.kernels import launch
 from shaped_attn.kernels.configs import TileConfig, override_config
 from shaped_attn.testing import Case, forward_backward, make_inputs
@@ -42,12 +43,7 @@ def test_descriptors_load_what_pointers_do(name, dtype, device):
 
     def run(tiles):
         with override_config(tiles):
-            return forward_backward(
-                lambda *args, **kwargs: shaped_attention(*args, **kwargs, impl="triton"),
-                inputs,
-                d_out,
-                **options,
-            )
+            return forward_backward(triton_attention, inputs, d_out, **options)
 
     by_pointer, by_descriptor = run(POINTERS), run(TILES)
     for name, expected in by_pointer.items():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_calls import DTYPES, triton_attention
 
 from shaped_attn import shaped_attention
 from shaped_attn.kernels import launch
@@ -9,14 +10,9 @@ from shaped_attn.testing import Case, forward_backward, make_inputs, rounding_er
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PLAIN = {"identity_gain": 0.0, "center_gain": 0.0}
 KEYS = 37
 STD_OF_LOGITS = 8.0  # enough that an integer above the row maximum is far from it
-
-
-def triton_attention(*args, **kwargs):
-    return shaped_attention(*args, **kwargs, impl="triton")
 
 
 def seen_keys(kind: str, queries: int, device) -> tuple[dict, torch.Tensor]:

@@ -1,13 +1,11 @@
 """Which family of kernels runs a call, and what the families are given."""
 
-import os
-import subprocess
-import sys
 import threading
 import warnings
 
 import pytest
 import torch
+from fresh_python import python
 
 from shaped_attn.kernels import attention, families, launch
 from shaped_attn.kernels.attention import FAMILIES, Call
@@ -111,19 +109,11 @@ def test_a_choice_holds_in_other_threads():
     assert found == ["portable"] and families.chosen_family() == "auto"
 
 
-@pytest.mark.parametrize("value", ["portable", "nothing"])
-def test_environment_variable(value):
+def test_environment_variable():
     code = "from shaped_attn.kernels import families; print(families.chosen_family())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"SHAPED_ATTN_FAMILY": value},
-        capture_output=True,
-        text=True,
-    )
-    if value == "portable":
-        assert done.stdout.strip() == "portable"
-    else:
-        assert "SHAPED_ATTN_FAMILY must be one of" in done.stderr
+    assert python("-c", code, SHAPED_ATTN_FAMILY="portable") == "portable"
+    said = python("-c", code, SHAPED_ATTN_FAMILY="nothing", status=1)
+    assert "SHAPED_ATTN_FAMILY must be one of" in said
 
 
 def test_another_choice_is_another_plan(device):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from attention_calls import DTYPES
 
 from shaped_attn import shaped_attention
 from shaped_attn.kernels import attention_fwd, launch
@@ -13,7 +14,6 @@ from shaped_attn.testing import Case, make_inputs, relative_error
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ERROR = {torch.float32: 3e-5, torch.float16: 5e-4, torch.bfloat16: 3e-3}
 CENTERED = {"identity_gain": 0.0}
 PLAIN = {"identity_gain": 0.0, "center_gain": 0.0}

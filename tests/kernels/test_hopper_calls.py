@@ -4,13 +4,12 @@ from unittest import mock
 
 import pytest
 import torch
+from attention_calls import GAINS, assert_right
 
 from shaped_attn import shaped_attention
 from shaped_attn.kernels import launch
 from shaped_attn.testing import (
     Case,
-    assert_within_budget,
-    assert_within_spread,
     eager_attention,
     forward_backward,
     make_inputs,
@@ -20,7 +19,6 @@ from shaped_attn.testing import (
 pytestmark = pytest.mark.usefixtures("poison")
 
 BF16 = torch.bfloat16
-GAINS = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
 CASES = {
     "learned": Case(1, 2, 2, 150, 150, 128, is_causal=True, dtype=BF16, residual_dtype=BF16),
     "grouped": Case(1, 4, 2, 70, 90, 64, is_causal=True, dtype=BF16, residual_dtype=torch.float32),
@@ -55,17 +53,7 @@ def test_results_and_gradients(name, hopper, device):
 
     golden, spread = rounding_spread(exact, case.dtype)
     eager = gradients(case, eager_attention, lambda x: x)
-    for name, value in actual.items():
-        value = value.cpu()
-        if name.removeprefix("grad ") in GAINS:
-            assert_within_spread(value, golden[name], spread[name], name=name)
-        else:
-            rounding = None
-            if name.startswith("grad"):
-                rounding = torch.finfo(value.dtype).eps + 8 * torch.finfo(torch.float32).eps
-            assert_within_budget(
-                value, golden[name], eager[name], factor=2, name=name, rounding=rounding
-            )
+    assert_right(actual, golden, eager, spread)
 
 
 def kernels_of(hopper, device, **options) -> list[str]:

@@ -2,12 +2,10 @@
 
 import csv
 import dataclasses
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
+from fresh_python import compile_table
 
 from shaped_attn.kernels.families import triton_release
 from shaped_attn.kernels.hopper import compile_gate, tiles
@@ -61,18 +59,7 @@ def test_cases_reach_every_tile():
 @pytest.mark.slow
 def test_all_kernels_compile_and_the_table_is_current(tmp_path):
     """In fresh processes: here the plain kernels may be decorated for the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONSAFEPATH": "1"}
-    path = tmp_path / "table.csv"
-    module = "shaped_attn.kernels.hopper.compile_gate"
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--output", str(path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    path = compile_table("shaped_attn.kernels.hopper.compile_gate", tmp_path)
     committed = compile_gate.table_path()
     if not committed.exists():
         warnings.warn(f"no table for Triton {triton_release()}", stacklevel=1)

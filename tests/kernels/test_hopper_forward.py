@@ -1,11 +1,11 @@
 """The Hopper forward against float64: on a Hopper GPU, or in the emulator of Gluon kernels."""
 
 import contextlib
-import dataclasses
 from unittest import mock
 
 import pytest
 import torch
+from attention_calls import of_dtype
 
 from shaped_attn import shaped_attention
 from shaped_attn.kernels import attention, launch
@@ -56,11 +56,6 @@ CASES = {
     "widest_short": Case(1, 1, queries=130, keys=90, head_dim=136, value_dim=256, is_causal=True),
     "widest_values": Case(1, 1, queries=140, head_dim=64, value_dim=192, is_causal=True),
 }
-
-
-def of_dtype(case: Case, dtype: torch.dtype) -> Case:
-    residual_dtype = dtype if case.residual_dtype is ... else case.residual_dtype
-    return dataclasses.replace(case, dtype=dtype, residual_dtype=residual_dtype)
 
 
 def attend(*args, **kwargs):

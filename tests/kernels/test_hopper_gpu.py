@@ -4,14 +4,13 @@ import itertools
 
 import pytest
 import torch
+from attention_calls import GAINS, assert_right
 from test_hopper_forward import gains_of, scheduled
 
 from shaped_attn import shaped_attention
 from shaped_attn.kernels import families, launch
 from shaped_attn.testing import (
     Case,
-    assert_within_budget,
-    assert_within_spread,
     eager_attention,
     forward_backward,
     make_inputs,
@@ -23,7 +22,6 @@ from shaped_attn.testing import (
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 BF16, FP16 = torch.bfloat16, torch.float16
-GAINS = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
 LENGTH = 4059
 CASES = {
     f"{head_dim}-{name}-{'causal' if is_causal else 'full'}": Case(
@@ -80,14 +78,7 @@ def test_accuracy(name, logit_std, hopper, device):
         lambda: differentiate((exact, options, d_out), impl="reference"), case.dtype, draws=4
     )
     eager = differentiate(call, eager_attention)
-    for key, value in actual.items():
-        if key.removeprefix("grad ") in GAINS:
-            assert_within_spread(value, golden[key], spread[key], name=key)
-            continue
-        rounding = None
-        if key.startswith("grad"):  # one factor of its product, and the result
-            rounding = torch.finfo(value.dtype).eps + 8 * torch.finfo(torch.float32).eps
-        assert_within_budget(value, golden[key], eager[key], factor=2, name=key, rounding=rounding)
+    assert_right(actual, golden, eager, spread)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -1,11 +1,9 @@
 """Launches of a signature that came before go to the compiled kernels, with the same arguments."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
+from fresh_python import python
 
 # Without the interpreter: Triton compiles for a stand-in, which keeps what it would launch.
 PREPARE = """
@@ -55,20 +53,8 @@ PREPARE = """
 
 
 def run(script, arch=80, family="portable"):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "\n".join(
-                map(textwrap.dedent, (f"ARCH = {arch}; FAMILY = {family!r}", PREPARE, script))
-            ),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    parts = (f"ARCH = {arch}; FAMILY = {family!r}", PREPARE, script)
+    python("-c", "\n".join(map(textwrap.dedent, parts)), TRITON_INTERPRET=None)
 
 
 @pytest.mark.parametrize("arch, family", [(80, "portable"), (90, "portable"), (90, "hopper")])

@@ -1,15 +1,13 @@
 """`ShapedAttention` and its gains, against the formula written out head by head in float64."""
 
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_python import python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shaped_attn.nn import (
@@ -707,11 +705,4 @@ def test_import_of_the_package_leaves_the_modules_alone():
         "import sys, shaped_attn; print(any(n.startswith('shaped_attn.nn') for n in sys.modules))"
     )
     root = str(Path(attention.__file__).resolve().parents[2])
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.strip() == "False"
+    assert python("-c", code, path=[root]) == "False"

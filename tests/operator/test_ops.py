@@ -1,14 +1,12 @@
 """The registered operator: schema, fakes, autograd, compilation, and its CPU implementation."""
 
-import os
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 import torch._dynamo.testing
+from fresh_python import python
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -377,14 +375,8 @@ def test_a_cpu_without_the_interpreter_runs_the_composite():
             raise AssertionError("impl='triton' ran on a CPU without the interpreter")
         print("composite agrees")
     """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == "composite agrees", done.stderr
+    said = python("-c", textwrap.dedent(script), TRITON_INTERPRET=None)
+    assert said == "composite agrees"
 
 
 def test_triton_agrees_with_torch(device):

@@ -9,12 +9,11 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from fresh_python import python
 
 from shaped_attn import shaped_attention
 from shaped_attn.nn import METHODS, ShapedTransformer, ShapedTransformerConfig
@@ -158,14 +157,8 @@ def test_errors_are_within_their_spread(setting):
     capability = torch.backends.cpu.get_cpu_capability()
     if setting == "skylake" and capability != "AVX512":
         pytest.skip(f"needs a processor with AVX512, this one has {capability}")
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(SEEDS)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **SETTINGS[setting]},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    ratios = json.loads(found.stdout)
+    variables = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **SETTINGS[setting]}
+    ratios = json.loads(python("-W", "ignore", __file__, SEEDS, timeout=3600, **variables))
     assert len(ratios) == 2 * 3 * len(GAINS | RATES) + 2 * 3
     assert {name: x for name, x in ratios.items() if not x <= 1} == {}
 

@@ -2,11 +2,10 @@
 
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh_python import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -466,14 +465,11 @@ def test_nested_tensor(device):
 def test_triton_off_gpu_without_the_interpreter():
     """In a fresh process: the tests' own has the interpreter on."""
     code = (
-        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
         "import torch, shaped_attn\n"
         "x = torch.zeros(1, 1, 16, 16)\n"
         "shaped_attn.shaped_attention(x, x, x, impl='triton')"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.returncode == 1
-    last = found.stderr.strip().splitlines()[-1]
+    *_, last = python("-c", code, status=1, TRITON_INTERPRET=None).strip().splitlines()
     for part in ("ValueError: impl 'triton' needs tensors on a GPU", "got q on cpu", "TRITON_INT"):
         assert part in last
 
