@@ -470,9 +470,12 @@ def _write(parts: Mapping[str, Part], work: Work, output: Path) -> None:
     )
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     page = render(metrics, {name: part.figures for name, part in parts.items()})
-    for name, content in ((METRICS, text), (PAGE, page)):
-        with destination.when_whole(output / name) as file:
-            file.write_text(content, encoding="utf-8")
+    try:
+        for name, content in ((METRICS, text), (PAGE, page)):
+            with destination.when_whole(output / name) as file:
+                file.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written ({error}).") from error
 
 
 def render(metrics: Mapping[str, Any], figures: Mapping[str, Mapping[str, str]]) -> str:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_training
 import torch
-from click.testing import CliRunner
+from command_line import invoke
 
 from shaped_attn import commands, fidelity, shaped_attention
 from shaped_attn.commands import common, demo
@@ -49,8 +49,7 @@ def tiny():
 
 def run(output, *arguments):
     """Run the command; return its result, the metrics by part, and the page."""
-    arguments = ["demo", "--output", str(output), "--device", "cpu", *arguments]
-    result = CliRunner().invoke(commands.cli, arguments)
+    result = invoke("demo", "--output", output, "--device", "cpu", *arguments)
     metrics = json.loads((output / demo.METRICS).read_text(encoding="utf-8"))
     return result, metrics["parts"], Reader((output / demo.PAGE).read_text(encoding="utf-8"))
 
@@ -313,7 +312,15 @@ def test_the_time_limit_ends_both_after_the_same_step(tmp_path, monkeypatch):
 def test_an_output_that_cannot_be_written_is_found_out_first(tmp_path, monkeypatch):
     only(monkeypatch, centred_term=lambda work: pytest.fail("work was done"))
     (tmp_path / "file").write_text("")
-    arguments = ["demo", "--output", str(tmp_path / "file" / "folder")]
-    result = CliRunner().invoke(commands.cli, arguments)
+    result = invoke("demo", "--output", tmp_path / "file" / "folder")
     assert result.exit_code == 1
     assert "output must be a folder that can be written" in result.stderr
+
+
+def test_a_page_that_cannot_be_written_is_an_error_without_a_traceback(tmp_path, monkeypatch):
+    only(monkeypatch)
+    (tmp_path / demo.PAGE).mkdir()
+    result = invoke("demo", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert f"{tmp_path} cannot be written" in result.stderr
+    assert (tmp_path / demo.METRICS).exists()
