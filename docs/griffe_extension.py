@@ -5,7 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
-from griffe import ExprCall, ExprKeyword, Extension
+from griffe import ExprCall, Extension
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,8 +21,8 @@ class ShapedAttn(Extension):
     def on_attribute_instance(self, *, attr, **kwargs):
         """Of a setting of a dataclass show the default alone."""
         if isinstance(attr.value, ExprCall) and str(attr.value.function) == "setting":
-            given = [x for x in attr.value.arguments if not isinstance(x, ExprKeyword)]
-            attr.value = given[0] if given else None
+            default = attr.value.arguments[0]
+            attr.value = None if str(default) == "MISSING" else default
 
     def on_object(self, *, obj, **kwargs):
         """Leave out what nobody calls; let "Example:" begin a section, as the plural does."""

@@ -31,31 +31,23 @@ class Setting:
 
     Attributes:
         help: what it means, in sentences.
-        choices: the values that it may have; empty if it has other rules.
         check: of a value. Default None: that of its choices or of its type.
+        choices: the values that it may have; empty if it has other rules.
         none: in words, what the default None stands for. Default None: there is no such default.
         flags: as they are spelled on the command line. Default: --name, and --name/--no-name for
             one that is on or off.
     """
 
     help: str
-    choices: Sequence[Any] = ()
     check: Check | None = None
+    choices: Sequence[Any] = ()
     none: str | None = None
     flags: tuple[str, ...] = ()
 
 
-def setting(
-    default: Any = MISSING,
-    *,
-    help: str,
-    choices: Sequence[Any] = (),
-    check: Check | None = None,
-    none: str | None = None,
-    flags: tuple[str, ...] = (),
-) -> Any:
-    """Return a field of a dataclass with a `Setting`."""
-    return field(default=default, metadata={_KEY: Setting(help, choices, check, none, flags)})
+def setting(default: Any, help: str, check: Check | None = None, **others: Any) -> Any:
+    """Return a field of a dataclass with a `Setting`; ``MISSING`` is no default."""
+    return field(default=default, metadata={_KEY: Setting(help, check, **others)})
 
 
 def setting_of(owner: type, name: str) -> Any:

@@ -14,7 +14,7 @@ from .common import default_impls, device_option, prepare_kernels, resolve_devic
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
+    from rich.console import Console, Group
 
     from ..fidelity import FidelityReport, Table
 
@@ -133,8 +133,8 @@ def check(
         console = Console(highlight=False)
         console.print(_CALLS_LEGEND if family == "hopper" else _LEGEND)
         for table in fidelity.tables(report):
-            console.print(render(table, torch_device))
-        print_summary(report, console)
+            console.print(_render(table, torch_device))
+        _print_summary(report, console)
     context.exit(1 if report.failures else 0)
 
 
@@ -161,7 +161,7 @@ _CALLS_LEGEND = (
 )
 
 
-def render(table: Table, device: torch.device, quantities: tuple[str, ...] | None = None):
+def _render(table: Table, device: torch.device) -> Group:
     """One fidelity table for the terminal: an error and, below it, the composition's.
 
     The last column is the largest share of its budget that an error of the row takes up.
@@ -182,8 +182,6 @@ def render(table: Table, device: torch.device, quantities: tuple[str, ...] | Non
         drawn.add_column(f"{logit_std:g}", justify="right", no_wrap=True)
     drawn.add_column("used", justify="right", no_wrap=True)
     for quantity, row in table.rows:
-        if quantities is not None and quantity not in quantities:
-            continue
         errors = [
             Text(fidelity.format_error(m.error), style="" if m.is_within else "bold red")
             for m in row
@@ -201,7 +199,7 @@ def render(table: Table, device: torch.device, quantities: tuple[str, ...] | Non
     return Group(Text(f"\n{title}", style="bold"), drawn)
 
 
-def print_summary(report: FidelityReport, console: Console) -> None:
+def _print_summary(report: FidelityReport, console: Console) -> None:
     """Say whether all errors are within their budget, and which are not."""
     count, failures = len(report.measurements), report.failures
     if not failures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import warnings
@@ -16,8 +15,6 @@ import click
 if TYPE_CHECKING:
     import torch
 
-    from ..sde.sample import Estimate
-
 INTERRUPTED = 130
 """Exit code of work that Ctrl-C ended."""
 
@@ -26,7 +23,6 @@ READABLE = click.Path(dir_okay=False, exists=True, path_type=Path)
 
 # Whether this process is the command, and not a program that calls it.
 is_program = False
-
 
 device_option = click.option(
     "--device",
@@ -133,22 +129,3 @@ def long_work(device: torch.device) -> Iterator[dict[str, Any]]:
             yield {"on_progress": on_progress, "stop": lambda: request.is_set}
         finally:
             torch.set_num_threads(threads)
-
-
-def format_number(value: float) -> str:
-    """Three decimals, or few digits and an exponent where that says too little or too much."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0 or 5e-3 <= abs(value) < 100:
-        return f"{value:.3f}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def format_estimate(estimate: Estimate) -> str:
-    """A value and its standard error, both to the second digit of the error."""
-    value, error = estimate
-    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
-        return f"{value:.3g} ± {error:.2g}"
-    decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}" if value else f"0 ± {error:.{decimals}f}"

@@ -11,17 +11,12 @@ from ..sde import prediction
 from ..sde.comparison import Comparison
 from ..sde.prediction import NetworkComparison
 from ..sde.sample import Estimate
-from .common import (
-    INTERRUPTED,
-    format_estimate,
-    format_number,
-    long_work,
-    resolve_device,
-    usage_errors,
-)
+from .common import INTERRUPTED, long_work, resolve_device, usage_errors
 from .predict import (
     check_files,
     count_of,
+    format_estimate,
+    format_number,
     make_settings,
     prediction_options,
     print_assumptions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,13 @@ from ..sde.prediction import (
     statistic_name,
     statistics_of,
 )
-from ..sde.sample import LEVELS, CovarianceSample, quantile
+from ..sde.sample import LEVELS, CovarianceSample, Estimate, fraction, quantile
 from ..sde.tuning import Candidate, End, Interval, Tuning
 from .common import (
     FILE,
     INTERRUPTED,
     READABLE,
     device_option,
-    format_estimate,
-    format_number,
     long_work,
     resolve_device,
     usage_errors,
@@ -210,8 +209,8 @@ def _print_prediction(result: Prediction, console: Console) -> None:
         console.print()
         console.print(_quantile_table(sample, settings.width))
         console.print()
-        console.print(f"Probability of blow-up   {format_estimate(result.blow_up)}")
-        console.print(f"Probability of collapse  {format_estimate(result.collapse)}")
+        console.print(f"Probability of blow-up   {format_estimate(sample.exploded_fraction())}")
+        console.print(f"Probability of collapse  {format_estimate(fraction(sample.collapsed))}")
     if result.tuning is not None:
         console.print()
         for line in tuning_lines(result.tuning):
@@ -342,3 +341,22 @@ def shown_statistics(tokens: int) -> list[str]:
 def _format_statistic(name: str, value: float) -> str:
     """A correlation with three decimals, a variance as `format_number`."""
     return format_number(value) if name.startswith("V_") else f"{value:.3f}"
+
+
+def format_number(value: float) -> str:
+    """Three decimals, or few digits and an exponent where that says too little or too much."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or 5e-3 <= abs(value) < 100:
+        return f"{value:.3f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def format_estimate(estimate: Estimate) -> str:
+    """A value and its standard error, both to the second digit of the error."""
+    value, error = estimate
+    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
+        return f"{value:.3g} ± {error:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}" if value else f"0 ± {error:.{decimals}f}"

@@ -18,7 +18,9 @@ from .common import INTERRUPTED, usage_errors
 from .settings import List, by_field, config_option, naming, read, setting_options
 
 if TYPE_CHECKING:
-    from ..train.study import Study
+    from rich.table import Table
+
+    from ..train.study import Study, StudyRun
     from ..train.trainer import Progress, TrainResult
 
 # A prediction may be of a network without one of these; a decoder has all of them.
@@ -78,15 +80,12 @@ def train(
     Needs the packages of the extra: pip install "shaped-attn[train]". Several GPUs: accelerate
     launch -m shaped_attn train.
     """
-    given = {
-        "--depths": depths,
-        "--methods": methods,
-        "--learning-rates": learning_rates,
-    }
+    options = {"depths": depths, "methods": methods, "learning_rates": learning_rates}
+    options = {name: value for name, value in options.items() if value is not None}
     if study is None:
-        for name, value in given.items():
-            if value is not None:
-                raise click.UsageError(f"{name} is an option of --study depth. Add it.")
+        for name in options:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} is an option of --study depth. Add it.")
         settings = _make_settings(config, flags)
         with _long_work() as work:
             result = _run(settings, output, device, work)
@@ -99,11 +98,6 @@ def train(
         if flags[name] is not None:
             raise click.UsageError(f"--{name} is not an option of --study depth. Give {flag}.")
     settings = _make_settings(config, flags)
-    options = {
-        "depths": depths,
-        "methods": methods,
-        "learning_rates": learning_rates,
-    }
     with _long_work() as work:
         found = _run_study(settings, output, device, work, options)
     _print(found.to_dict(), as_json, lambda: _print_study(found, output))
@@ -168,7 +162,6 @@ def _run_study(
         done, total = ended * progress.steps + progress.step, runs * progress.steps
         show(f"run {ended + 1} of {runs}, {name}: ", progress, done, total)
 
-    chosen = {name: value for name, value in options.items() if value is not None}
     study = run_study(
         settings,
         output,
@@ -176,7 +169,7 @@ def _run_study(
         on_progress=on_progress,
         on_resume=lambda name, step: say(f"{name}: resuming from step {step}"),
         **work,
-        **chosen,
+        **options,
     )
     if study.runs and _is_main_process():
         save(plot_study(study), output / PLOT)
@@ -304,14 +297,13 @@ def _print_study(study: Study, output: Path) -> None:
     from rich.console import Console
 
     from ..train.study import PLOT, RESULTS
-    from ..train.study_report import table
 
     if study.runs:
         click.echo(
             f"Validation loss after {study.settings.steps} steps, nats per byte; byte frequencies "
             f"alone give {study.unigram_entropy:.3f}\n"
         )
-        Console(highlight=False).print(table(study))
+        Console(highlight=False).print(study_table(study))
         click.echo(f"\nPlot: {output / PLOT}\nNumbers: {output / RESULTS}")
     for run in study.runs:
         if run.result.reason is not None:
@@ -325,3 +317,37 @@ def _print_study(study: Study, output: Path) -> None:
             "on from here.",
             err=True,
         )
+
+
+def study_table(study: Study) -> Table:
+    """Return final validation losses: one row for each variant, one column for each depth."""
+    from rich.table import Table
+
+    best = study.best()
+    depths = sorted({depth for _, depth in best})
+    rates = {run.learning_rate for run in study.runs}
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    drawn.add_column("method", no_wrap=True)
+    drawn.add_column("with", no_wrap=True)
+    for depth in depths:
+        drawn.add_column(f"depth {depth}", justify="right", no_wrap=True)
+    for variant in dict.fromkeys(run.variant for run in study.runs):
+        cells = [_cell(best.get((variant, depth)), len(rates) > 1) for depth in depths]
+        drawn.add_row(variant.method, variant.parts, *cells)
+    return drawn
+
+
+def _cell(run: StudyRun | None, shows_rate: bool) -> str:
+    if run is None:
+        return "-"
+    if run.final_loss is None:
+        return "diverged"  # at every learning rate
+    text = f"{run.final_loss:.3f}"
+    return f"{text} at {_short(run.learning_rate)}" if shows_rate else text
+
+
+def _short(rate: float) -> str:
+    """Return the shorter of 0.0003 and 3e-4."""
+    digits, exponent = f"{rate:.15e}".split("e")
+    scientific = f"{float(digits):g}e{int(exponent)}"
+    return min(f"{rate:g}", scientific, key=len)

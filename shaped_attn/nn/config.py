@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_divides, check_positive, check_size, fail
+from ..checks import check_divides, check_positive, check_size
 from ..settings import check_settings, documented, setting
 from ..validation import IMPLEMENTATIONS
 from .attention import OUT_PROJECTIONS
@@ -23,20 +23,9 @@ HEADS = ("causal_lm", "masked_lm", "token_classification", None)
 POSITIONS = ("learned", "rotary", "none")
 
 SHAPED_FIELDS = (
-    "branch_gain",
-    "skip_gain",
-    "preserves_variance",
-    "out_proj",
-    "scale",
-    "tau0",
-    "identity_gain",
-    "softmax_gain",
-    "center_gain",
-    "gain_scheme",
-    "learned_gains",
-    "c_plus",
-    "c_minus",
-    "trainable_slopes",
+    *("branch_gain", "skip_gain", "preserves_variance", "out_proj", "scale", "tau0"),
+    *("identity_gain", "softmax_gain", "center_gain", "gain_scheme", "learned_gains"),
+    *("c_plus", "c_minus", "trainable_slopes"),
 )
 """Fields that describe `ShapedBlock` and have no meaning for other methods."""
 
@@ -55,62 +44,56 @@ class ModelConfig:
         TypeError, ValueError: a value is of the wrong type or out of its range.
     """
 
-    method: str = setting("shaped", choices=METHODS, help="Whose blocks they are.")
-    depth: int = setting(
-        12, check=check_size, flags=("--depth", "--layers"), help="Number of blocks."
-    )
-    width: int = setting(128, check=check_size, help="Width of the stream.")
-    heads: int = setting(4, check=check_size, help="Number of query heads.")
+    method: str = setting("shaped", "Whose blocks they are.", choices=METHODS)
+    depth: int = setting(12, "Number of blocks.", check_size, flags=("--depth", "--layers"))
+    width: int = setting(128, "Width of the stream.", check_size)
+    heads: int = setting(4, "Number of query heads.", check_size)
     kv_heads: int | None = setting(
-        None, check=check_size, none="as many as heads", help="Number of heads of keys and values."
+        None, "Number of heads of keys and values.", check_size, none="as many as heads"
     )
     head_dim: int | None = setting(
-        None, check=check_size, none="width / heads", help="Size of a head's queries and keys."
+        None, "Size of a head's queries and keys.", check_size, none="width / heads"
     )
     has_skip: bool | None = setting(
         None,
+        'Whether there are skips. "shaped" without has branch_gain 1; the simplified methods never '
+        'have one around their attention, and "simplified" always one around its MLP.',
         flags=("--skip/--no-skip",),
         none="what the method's paper has",
-        help='Whether there are skips. "shaped" without has branch_gain 1; the simplified methods '
-        'never have one around their attention, and "simplified" always one around its MLP.',
     )
     has_normalization: bool | None = setting(
         None,
+        "Whether blocks read a normalised stream.",
         flags=("--normalization/--no-normalization",),
         none="what the method's paper has",
-        help="Whether blocks read a normalised stream.",
     )
-    mlp_ratio: float = setting(
-        4.0, check=check_positive, help="Hidden width of the MLP over the width."
-    )
-    impl: str = setting("auto", choices=IMPLEMENTATIONS, help="Implementation of attention.")
+    mlp_ratio: float = setting(4.0, "Hidden width of the MLP over the width.", check_positive)
+    impl: str = setting("auto", "Implementation of attention.", choices=IMPLEMENTATIONS)
     deterministic: bool = setting(
         True,
-        help="Whether equal inputs give equal bits; without, gradients of queries are summed in "
-        "any order, which is faster on a Hopper GPU.",
+        "Whether equal inputs give equal bits; without, gradients of queries are summed in any "
+        "order, which is faster on a Hopper GPU.",
     )
-    branch_gain: float = setting(0.5, help="Weight of each branch.")
+    branch_gain: float = setting(0.5, "Weight of each branch.")
     skip_gain: float | None = setting(
-        None, none="sqrt(1 - branch_gain^2)", help="Weight of each skip path."
+        None, "Weight of each skip path.", none="sqrt(1 - branch_gain^2)"
     )
-    tau0: float = setting(1.0, check=check_positive, help="Temperature.")
+    tau0: float = setting(1.0, "Temperature.", check_positive)
     identity_gain: HeadGain = setting(
-        1.0, help="Weight of the identity in the attention matrix, or one for each head."
+        1.0, "Weight of the identity in the attention matrix, or one for each head."
     )
-    softmax_gain: HeadGain = setting(1.0, help="Weight of softmax, or one for each head.")
+    softmax_gain: HeadGain = setting(1.0, "Weight of softmax, or one for each head.")
     center_gain: HeadGain | None = setting(
-        None,
-        none="that of softmax",
-        help="Weight of the mean that is subtracted, or one for each head.",
+        None, "Weight of the mean that is subtracted, or one for each head.", none="that of softmax"
     )
     gain_scheme: str = setting(
-        "fixed", choices=GAIN_SCHEMES, help="Whether gains stay, are trained, or are annealed."
+        "fixed", "Whether gains stay, are trained, or are annealed.", choices=GAIN_SCHEMES
     )
     out_proj: str = setting(
-        "none", choices=OUT_PROJECTIONS, help="Law of the output projection of attention."
+        "none", "Law of the output projection of attention.", choices=OUT_PROJECTIONS
     )
-    c_plus: float = setting(0.0, help="Slope of the activation above 0 is 1 + this / sqrt(width).")
-    c_minus: float = setting(-1.0, help="The same below 0.")
+    c_plus: float = setting(0.0, "Slope of the activation above 0 is 1 + this / sqrt(width).")
+    c_minus: float = setting(-1.0, "The same below 0.")
 
     def __post_init__(self) -> None:
         """Check every field; make sequences tuples, so that equal configurations compare equal."""
@@ -142,55 +125,55 @@ class ShapedTransformerConfig(ModelConfig):
             blocks are those of `ShapedBlock`.
     """
 
-    vocab_size: int = setting(check=check_size, help="Number of tokens of the vocabulary.")
+    vocab_size: int = setting(MISSING, "Number of tokens of the vocabulary.", check_size)
     kind: str = setting(
         "decoder",
+        "Whether tokens see earlier ones only (decoder), or all of them (encoder).",
         choices=KINDS,
-        help="Whether tokens see earlier ones only (decoder), or all of them (encoder).",
     )
     head: str | None = setting(
         "causal_lm",
+        'What the hidden states are for: "causal_lm" of decoders, "masked_lm" of encoders, or None '
+        "for hidden states alone.",
         choices=HEADS,
-        help='What the hidden states are for: "causal_lm" of decoders, "masked_lm" of encoders, '
-        "or None for hidden states alone.",
     )
-    num_labels: int = setting(2, check=check_size, help='Classes of "token_classification".')
-    positions: str = setting("rotary", choices=POSITIONS, help="How blocks know positions.")
+    num_labels: int = setting(2, 'Classes of "token_classification".', check_size)
+    positions: str = setting("rotary", "How blocks know positions.", choices=POSITIONS)
     max_length: int = setting(
         512,
-        check=check_size,
-        help='Tokens that the table of "learned" positions has room for; others have no limit.',
+        'Tokens that the table of "learned" positions has room for; others have no limit.',
+        check_size,
     )
-    rotary_base: float = setting(10000.0, check=check_positive, help="Base of the rotary angles.")
+    rotary_base: float = setting(10000.0, "Base of the rotary angles.", check_positive)
     tie_embeddings: bool = setting(
-        False, help="Whether the language-model head uses the matrix of the token embedding."
+        False, "Whether the language-model head uses the matrix of the token embedding."
     )
     final_norm: str | None = setting(
         None,
+        "Normalisation before the head.",
         choices=NORMS,
         none='none for "shaped"; for other methods that of the blocks, which for '
         '"simplified_parallel" without is "layer"',
-        help="Normalisation before the head.",
     )
     activation_checkpointing: bool = setting(
         False,
-        help="Whether training keeps only the stream between blocks and computes the inside of "
-        "each again in the backward.",
+        "Whether training keeps only the stream between blocks and computes the inside of each "
+        "again in the backward.",
     )
     norm: str | None = setting(
         None,
+        "Normalisation of the blocks; to name one asks for it.",
         choices=NORMS,
         none="that of the method's paper, if there is one at all",
-        help="Normalisation of the blocks; to name one asks for it.",
     )
     preserves_variance: bool = setting(
-        True, help="Whether skip_gain^2 + branch_gain^2 has to be 1, as in `ShapedBlock`."
+        True, "Whether skip_gain^2 + branch_gain^2 has to be 1, as in `ShapedBlock`."
     )
-    scale: str | float = setting("width", help="Of the logits, as in `ShapedAttention`.")
+    scale: str | float = setting("width", "Of the logits, as in `ShapedAttention`.")
     learned_gains: Sequence[str] = setting(
-        ("identity_gain", "center_gain"), help='Gains that are trained with gain_scheme "learn".'
+        ("identity_gain", "center_gain"), 'Gains that are trained with gain_scheme "learn".'
     )
-    trainable_slopes: bool = setting(False, help="Whether c_plus and c_minus are trained.")
+    trainable_slopes: bool = setting(False, "Whether c_plus and c_minus are trained.")
 
     def __post_init__(self) -> None:
         """Check every field; make sequences tuples, so that equal configurations compare equal."""
@@ -211,39 +194,27 @@ class ShapedTransformerConfig(ModelConfig):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in unused and value != field.default:
-                fail(
-                    ValueError,
-                    field.name,
-                    f"must keep its default for {given}, which has its own",
-                    repr(value),
-                    'Leave it out, or describe the network with method="shaped".',
+                raise ValueError(
+                    f"{field.name} must keep its default for {given}, which has its own, got "
+                    f'{value!r}. Leave it out, or describe the network with method="shaped".'
                 )
 
     def _check_together(self, head_dim: int) -> None:
         needed_kind = {"causal_lm": "decoder", "masked_lm": "encoder"}.get(self.head, self.kind)
         if self.kind != needed_kind:
-            fail(
-                ValueError,
-                "head",
-                f'must not be "{self.head}" for kind="{self.kind}"',
-                repr(self.head),
-                f'Pass kind="{needed_kind}", or another head.',
+            raise ValueError(
+                f'head must not be "{self.head}" for kind="{self.kind}", got {self.head!r}. '
+                f'Pass kind="{needed_kind}", or another head.'
             )
         if self.tie_embeddings and self.head not in ("causal_lm", "masked_lm"):
-            fail(
-                ValueError,
-                "tie_embeddings",
-                "needs a language-model head",
-                f"head={self.head!r}",
-                'Pass head="causal_lm" or "masked_lm", or tie_embeddings=False.',
+            raise ValueError(
+                f"tie_embeddings needs a language-model head, got head={self.head!r}. "
+                'Pass head="causal_lm" or "masked_lm", or tie_embeddings=False.'
             )
         if self.positions == "rotary" and head_dim % 2 != 0:
-            fail(
-                ValueError,
-                "head_dim",
-                'must be even for positions="rotary", which turn pairs',
-                head_dim,
-                "Change head_dim, or width and heads, or take other positions.",
+            raise ValueError(
+                f'head_dim must be even for positions="rotary", which turn pairs, got {head_dim}. '
+                "Change head_dim, or width and heads, or take other positions."
             )
 
     def wiring(self) -> tuple[bool, str | None]:
@@ -285,21 +256,15 @@ class ShapedTransformerConfig(ModelConfig):
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            fail(
-                ValueError,
-                "values",
-                "must have the fields of ShapedTransformerConfig as keys",
-                f"unknown {', '.join(map(repr, unknown))}",
-                f"The fields are {', '.join(known)}.",
+            raise ValueError(
+                "values must have the fields of ShapedTransformerConfig as keys, got unknown "
+                f"{', '.join(map(repr, unknown))}. The fields are {', '.join(known)}."
             )
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
-            fail(
-                ValueError,
-                "values",
-                f"must have {', '.join(map(repr, missing))}, which has no default",
-                f"keys {sorted(values)}",
-                "Add it.",
+            raise ValueError(
+                f"values must have {', '.join(map(repr, missing))}, which has no default, got keys "
+                f"{sorted(values)}. Add it."
             )
         return cls(**values)
 
@@ -319,15 +284,14 @@ class ShapedTransformerConfig(ModelConfig):
         """
         values = json.loads(text)
         if not isinstance(values, dict):
-            rule = "must be the JSON of a dict of fields"
-            fail(ValueError, "text", rule, type(values).__name__, "to_json writes one.")
+            raise ValueError(
+                f"text must be the JSON of a dict of fields, got {type(values).__name__}. "
+                "to_json writes one."
+            )
         version = values.pop(VERSION_KEY, FORMAT_VERSION)
         if version != FORMAT_VERSION:
-            fail(
-                ValueError,
-                VERSION_KEY,
-                f"must be {FORMAT_VERSION}, which this version of shaped_attn reads",
-                repr(version),
-                "Load it with the version of shaped_attn that wrote it, or a later one.",
+            raise ValueError(
+                f"{VERSION_KEY} must be {FORMAT_VERSION}, which this version of shaped_attn reads, "
+                f"got {version!r}. Load it with the version that wrote it, or a later one."
             )
         return cls.from_dict(values)

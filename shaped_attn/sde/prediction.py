@@ -24,7 +24,6 @@ from .process import CovarianceSDE
 from .sample import (
     LEVELS,
     CovarianceSample,
-    Estimate,
     fraction,
     mean_correlation,
     plain,
@@ -75,49 +74,43 @@ class Settings(ModelConfig):
             another one.
     """
 
-    tokens: int | None = setting(
-        None, check=check_size, none="4", help="Number of tokens at the start."
-    )
+    tokens: int | None = setting(None, "Number of tokens at the start.", check_size, none="4")
     correlation: float | None = setting(
-        None, none="0.2", help="Correlation of any two tokens at the start."
+        None, "Correlation of any two tokens at the start.", none="0.2"
     )
-    variance: float | None = setting(None, none="1", help="Variance of each token at the start.")
+    variance: float | None = setting(None, "Variance of each token at the start.", none="1")
     v0: tuple[tuple[float, ...], ...] | None = setting(
         None,
-        check=check_matrix,
-        help="Their covariance instead of these three: its rows, or a .npy or .json file of them.",
+        "Their covariance instead of these three: its rows, or a .npy or .json file of them.",
+        check_matrix,
     )
-    causal: bool = setting(True, help="Whether tokens see earlier ones only.")
-    attention: bool = setting(True, help="Whether blocks have attention.")
-    mlp: bool = setting(True, help="Whether blocks have an MLP.")
+    causal: bool = setting(True, "Whether tokens see earlier ones only.")
+    attention: bool = setting(True, "Whether blocks have attention.")
+    mlp: bool = setting(True, "Whether blocks have an MLP.")
     finite_width: bool = setting(
         True,
+        "Whether the width corrects the drift of the MLP (its c_n), the largest effect of a finite "
+        "one, or enters as depth / width alone.",
         flags=("--finite-width/--limit",),
-        help="Whether the width corrects the drift of the MLP (its c_n), the largest effect of a "
-        "finite one, or enters as depth / width alone.",
     )
-    paths: int = setting(4096, check=check_size, help="Number of paths of the SDE.")
+    paths: int = setting(4096, "Number of paths of the SDE.", check_size)
     steps: int | None = setting(
         None,
-        check=check_size,
+        "Steps per unit of depth / width.",
+        check_size,
         none="256, more at little depth, one a layer at most",
-        help="Steps per unit of depth / width.",
     )
-    integrator: str = setting("chain", choices=tuple(INTEGRATORS), help="Scheme of the SDE.")
-    seed: int = setting(
-        0, check=partial(check_int, low=0, high=2**63 - 1), help="Seed of all draws."
-    )
+    integrator: str = setting("chain", "Scheme of the SDE.", choices=tuple(INTEGRATORS))
+    seed: int = setting(0, "Seed of all draws.", partial(check_int, low=0, high=2**63 - 1))
     band: tuple[float, float] | None = setting(
-        None, none="0.05 around the start", help="Least and largest median correlation to tune for."
+        None, "Least and largest median correlation to tune for.", none="0.05 around the start"
     )
-    tune: bool = setting(
-        True, help="Whether to look for the branch gains and tau0 that keep it there."
-    )
-    networks: int = setting(1000, check=check_size, help="Number of networks to compare with.")
+    tune: bool = setting(True, "Whether to look for the branch gains and tau0 that keep it there.")
+    networks: int = setting(1000, "Number of networks to compare with.", check_size)
     against: str = setting(
         "network",
+        "Real networks, or the Markov chain that their covariance follows exactly.",
         choices=METHODS,
-        help="Real networks, or the Markov chain that their covariance follows exactly.",
     )
 
     def __post_init__(self) -> None:
@@ -138,46 +131,32 @@ class Settings(ModelConfig):
         object.__setattr__(self, name, value)
 
     def _check_model(self) -> None:
-        for name, is_right, rule, remedy in (
-            (
-                "method",
-                self.method == "shaped",
-                "must be 'shaped', the only one with a covariance SDE",
-                "shaped_attn.sde.token_kernel follows the tokens of e_spa and u_spa.",
-            ),
-            (
-                "has_skip",
-                self.has_skip is not False,
-                "must not be false for a prediction",
-                "Leave it out; with branch_gain 1 nothing is left of the skip.",
-            ),
-            (
-                "has_normalization",
-                not self.has_normalization,
-                "must not be true for a prediction, whose theory has no normalisation",
-                "Leave it out.",
-            ),
-            (
-                "kv_heads",
-                self.kv_heads in (None, self.heads),
-                f"must be heads, {self.heads}, for a prediction: others are not in its theory",
-                "Leave it out.",
-            ),
-        ):
-            if not is_right:
-                fail(ValueError, name, rule, repr(getattr(self, name)), remedy)
+        """Check that the model is one that the theory describes."""
+        described = {
+            "method": ("shaped",),
+            "has_skip": (None, True),
+            "has_normalization": (None, False),
+            "kv_heads": (None, self.heads),
+        }
+        for name, values in described.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name} must be {' or '.join(map(repr, values))} for a prediction, got "
+                    f"{getattr(self, name)!r}. Its theory has blocks of 'shaped' with skips, of "
+                    "which branch_gain 1 leaves nothing, without normalisation, and with keys and "
+                    "values for each head."
+                )
 
     def _check_start(self) -> None:
         start, (low, high) = self.start(), EIGENVALUE_RANGE
         check_covariance("v0", start)
         values = torch.linalg.eigvalsh(start)
         if values[0] < low or values[-1] > high:
-            fail(
-                ValueError,
-                "correlation and variance" if self.v0 is None else "v0",
-                f"must lead to eigenvalues from {low:g} to {high:g}, where no path stops",
-                f"eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}",
-                "Give tokens of another size, or that depend less on each other.",
+            raise ValueError(
+                f"{'correlation and variance' if self.v0 is None else 'v0'} must lead to "
+                f"eigenvalues from {low:g} to {high:g}, where no path stops, got eigenvalues from "
+                f"{float(values[0]):.3g} to {float(values[-1]):.3g}. Give tokens of another size, "
+                "or that depend less on each other."
             )
 
     def _fill_start(self) -> None:
@@ -190,12 +169,9 @@ class Settings(ModelConfig):
         if self.tokens not in (None, len(self.v0)):
             given.insert(0, "tokens")
         if given:
-            fail(
-                ValueError,
-                "v0",
-                "must not be given beside tokens, correlation or variance",
-                " and ".join(given),
-                "Leave out one or the other: v0 is the whole start.",
+            raise ValueError(
+                "v0 must not be given beside tokens, correlation or variance, got "
+                f"{' and '.join(given)}. Leave out one or the other: v0 is the whole start."
             )
         self._set("tokens", len(self.v0))
 
@@ -272,16 +248,6 @@ class Prediction:
         if self.tuning is None:
             return not _is_tunable(self.settings)
         return self.tuning.is_complete
-
-    @property
-    def blow_up(self) -> Estimate:
-        """Fraction of the paths with an eigenvalue above the admissible ones."""
-        return self.sample.exploded_fraction()
-
-    @property
-    def collapse(self) -> Estimate:
-        """Fraction of the paths with an eigenvalue below the admissible ones."""
-        return fraction(self.sample.collapsed)
 
     @property
     def recommended(self) -> dict[str, Any] | None:
@@ -437,12 +403,9 @@ def check_comparison(settings: Settings) -> None:
     settings.network().check_tokens(tokens, settings.against)
     statistics = tokens * (tokens + 1) // 2
     if critical_value(LEVEL / statistics, settings.paths, settings.networks) >= 1:
-        fail(
-            ValueError,
-            "networks and paths",
-            "must be enough to tell two laws apart",
-            f"{settings.networks} and {settings.paths} for {statistics} statistics",
-            "Give more of them.",
+        raise ValueError(
+            "networks and paths must be enough to tell two laws apart, got "
+            f"{settings.networks} and {settings.paths} for {statistics} statistics. Give more."
         )
 
 
@@ -450,7 +413,7 @@ def assumptions(settings: Settings) -> list[str]:
     """Say in plain words what a prediction rests on."""
     low, high = EIGENVALUE_RANGE
     found = [
-        "Weights at initialisation, no normalisation layers, no positions; "
+        "Weights and gains at initialisation, no normalisation layers, no positions; "
         "V = X X^T / width of the tokens X.",
         "Skip weight sqrt(1 - branch_gain^2); logits divided by tau0 sqrt(width head_dim).",
         f"Start: {_start_text(settings)}.",

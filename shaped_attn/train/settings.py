@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
-from ..checks import check_int, check_number, check_positive, check_size, fail
+from ..checks import check_divides, check_int, check_number, check_positive, check_size
 from ..nn import ShapedTransformerConfig
 from ..nn.config import ModelConfig, model_of
 from ..settings import documented, names_in_files, setting, setting_of
@@ -40,69 +40,61 @@ class TrainSettings(ModelConfig):
     positions: str = setting_of(ShapedTransformerConfig, "positions")
     context: int = setting(
         128,
-        check=partial(check_int, low=2),
-        help="Tokens, that is bytes, of a sequence; all but the first are predicted.",
+        "Tokens, that is bytes, of a sequence; all but the first are predicted.",
+        partial(check_int, low=2),
     )
     data: str = setting(
         "stdlib",
-        help="Text: stdlib (the source of Python's standard library), a file, a folder, a folder "
-        "that datasets.save_to_disk wrote, wikitext-103, c4, or hf:NAME[:CONFIG].",
+        "Text: stdlib (the source of Python's standard library), a file, a folder, a folder that "
+        "datasets.save_to_disk wrote, wikitext-103, c4, or hf:NAME[:CONFIG].",
     )
-    text_column: str = setting("text", help="Column of a dataset with the text.")
-    data_bytes: int = setting(100_000_000, check=check_size, help="Most bytes of text to take.")
-    steps: int = setting(1000, check=check_size, help="Number of steps of the optimizer.")
+    text_column: str = setting("text", "Column of a dataset with the text.")
+    data_bytes: int = setting(100_000_000, "Most bytes of text to take.", check_size)
+    steps: int = setting(1000, "Number of steps of the optimizer.", check_size)
     batch_size: int = setting(
-        16, check=check_size, help="Sequences of a step, of all parts and devices together."
+        16, "Sequences of a step, of all parts and devices together.", check_size
     )
     accumulation: int = setting(
-        1, check=check_size, help="Parts of a batch, computed one after the other to save memory."
+        1, "Parts of a batch, computed one after the other to save memory.", check_size
     )
-    learning_rate: float = setting(1e-3, check=check_positive, help="Its peak.")
-    schedule: str = setting(
-        "cosine", choices=SCHEDULES, help="Of the learning rate after the warm-up."
-    )
+    learning_rate: float = setting(1e-3, "Its peak.", check_positive)
+    schedule: str = setting("cosine", "Of the learning rate after the warm-up.", choices=SCHEDULES)
     warmup_steps: int | None = setting(
         None,
-        check=partial(check_int, low=0),
+        "Steps over which the learning rate grows.",
+        partial(check_int, low=0),
         none="5 % of the steps",
-        help="Steps over which the learning rate grows.",
     )
     final_share: float = setting(
-        0.1,
-        check=partial(check_number, low=0.0, high=1.0),
-        help="Learning rate at the end, over its peak.",
+        0.1, "Learning rate at the end, over its peak.", partial(check_number, low=0.0, high=1.0)
     )
     weight_decay: float = setting(
-        0.1, check=_check_from_0, help="Of matrices; embeddings, gains and norms have none."
+        0.1, "Of matrices; embeddings, gains and norms have none.", _check_from_0
     )
-    clip_norm: float = setting(
-        1.0, check=_check_from_0, help="Largest norm of the gradient; 0 does not clip."
-    )
+    clip_norm: float = setting(1.0, "Largest norm of the gradient; 0 does not clip.", _check_from_0)
     recover_steps: int | None = setting(
         None,
-        check=check_size,
+        'Steps over which gain_scheme "recover" goes from shaped to plain attention.',
+        check_size,
         none="all steps",
-        help='Steps over which gain_scheme "recover" goes from shaped to plain attention.',
     )
     seed: int = setting(
-        0, check=partial(check_int, low=0, high=2**63 - 1), help="Seed of weights and batches."
+        0, "Seed of weights and batches.", partial(check_int, low=0, high=2**63 - 1)
     )
     precision: str = setting(
-        "fp32", choices=PRECISIONS, help="bf16 is autocast; parameters are float32 in both."
+        "fp32", "bf16 is autocast; parameters are float32 in both.", choices=PRECISIONS
     )
     evaluate_every: int = setting(
         100,
-        check=check_size,
-        help="Steps between validations, which are also before the first and after the last.",
+        "Steps between validations, which are also before the first and after the last.",
+        check_size,
     )
     evaluation_windows: int = setting(
-        64, check=check_size, help="Sequences of a validation, spread evenly over its text."
+        64, "Sequences of a validation, spread evenly over its text.", check_size
     )
-    log_every: int = setting(
-        1, check=check_size, help="Steps between the losses that are recorded."
-    )
-    checkpoint_every: int = setting(100, check=check_size, help="Steps between checkpoints.")
-    keep_checkpoints: int = setting(2, check=check_size, help="How many checkpoints to keep.")
+    log_every: int = setting(1, "Steps between the losses that are recorded.", check_size)
+    checkpoint_every: int = setting(100, "Steps between checkpoints.", check_size)
+    keep_checkpoints: int = setting(2, "How many checkpoints to keep.", check_size)
 
     def __post_init__(self) -> None:
         """Check every field and fill in the warm-up."""
@@ -110,14 +102,16 @@ class TrainSettings(ModelConfig):
         if self.warmup_steps is None:
             object.__setattr__(self, "warmup_steps", round(_WARMUP_SHARE * self.steps))
         if self.warmup_steps > self.steps:
-            rule = f"must be at most steps, {self.steps}"
-            fail(ValueError, "warmup_steps", rule, self.warmup_steps, "Warm up for fewer steps.")
-        if self.batch_size % self.accumulation:
-            rule = f"must divide batch_size, {self.batch_size}"
-            fail(ValueError, "accumulation", rule, self.accumulation, "Choose a divisor of it.")
+            raise ValueError(
+                f"warmup_steps must be at most steps, {self.steps}, got {self.warmup_steps}. "
+                "Warm up for fewer steps."
+            )
+        check_divides("accumulation", self.accumulation, "batch_size", self.batch_size)
         if self.recover_steps is not None and self.gain_scheme != "recover":
-            rule = 'must be left out without gain_scheme "recover"'
-            fail(ValueError, "recover_steps", rule, self.recover_steps, "Nothing is annealed.")
+            raise ValueError(
+                'recover_steps must be left out without gain_scheme "recover", got '
+                f"{self.recover_steps}. Nothing else is annealed."
+            )
         self.model_config()
 
     def model_config(self) -> ShapedTransformerConfig:

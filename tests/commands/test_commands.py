@@ -4,17 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import invoke
 from fresh_python import python
 
 from shaped_attn import __version__, commands, environment, fidelity, shaped_attention
 from shaped_attn.commands import check, common
 
 ROOT = Path(__file__).parents[2]
-
-
-def invoke(*args):
-    return CliRunner().invoke(commands.cli, list(args))
 
 
 def run_module(*args, **options):
@@ -83,7 +79,7 @@ def test_check_names_the_family_that_ran(device):
     assert {row["family"] for row in report.to_dict()["measurements"]} == {"portable"}
     assert report.settings["family"] == "portable"
     (table,) = fidelity.tables(report)
-    title, _ = check.render(table, device).renderables
+    title, _ = check._render(table, device).renderables
     assert title.plain.endswith("fp32, T = 16, sink key, portable kernels")
 
 
@@ -94,7 +90,7 @@ def test_hopper_kernels_are_refused_before_any_work_where_there_is_no_hopper(dev
     result = invoke("check", "--family", "hopper")
     assert result.exit_code == 2, result.output
     assert "'hopper' needs a GPU of compute capability 9.0" in " ".join(result.stderr.split())
-    result = CliRunner(env={"SHAPED_ATTN_FAMILY": "hopper"}).invoke(commands.cli, ["check"])
+    result = invoke("check", SHAPED_ATTN_FAMILY="hopper")
     assert result.exit_code == 2, result.output
 
 

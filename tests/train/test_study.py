@@ -8,11 +8,11 @@ from rich.console import Console
 from tiny_training import one_thread, settings
 
 from shaped_attn import plots
+from shaped_attn.commands.train import study_table
 from shaped_attn.nn import METHODS
 from shaped_attn.plots.study import plot_study
 from shaped_attn.train import study, trainer
 from shaped_attn.train.study import Study, StudyRun, Variant, run_study, variants
-from shaped_attn.train.study_report import table
 from shaped_attn.train.trainer import TrainResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,7 +192,7 @@ def made(status, *losses):
 
 def shown(found):
     console = Console(width=100, file=io.StringIO())
-    console.print(table(found))
+    console.print(study_table(found))
     return console.file.getvalue()
 
 
