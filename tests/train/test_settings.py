@@ -1,6 +1,5 @@
 import json
 import math
-from dataclasses import fields
 
 import pytest
 
@@ -76,32 +75,21 @@ def test_differences_name_what_the_weights_depend_on():
     assert gains.differences(json.loads(json.dumps(gains.to_dict()))) == []
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(TrainSettings)])
-def test_no_setting_takes_a_value_of_another_type(name):
-    with pytest.raises((TypeError, ValueError), match=name):
-        TrainSettings(**{name: ["x"]})
-
-
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
         ({"depth": 0}, ValueError, "depth must be at least 1, got 0"),
-        ({"depth": True}, TypeError, "depth must be an int"),
-        ({"steps": 2.5}, TypeError, "steps must be an int, got 2.5"),
         ({"context": 1}, ValueError, "context must be at least 2"),
         ({"batch_size": 8, "accumulation": 3}, ValueError, "accumulation must divide batch_size"),
         ({"steps": 5, "warmup_steps": 6}, ValueError, "warmup_steps must be at most steps, 5"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be at least 0"),
-        ({"seed": 2**63}, ValueError, "seed must be from 0 to 9223372036854775807"),
         ({"recover_steps": 5}, ValueError, 'must be left out without gain_scheme "recover"'),
         ({"method": "pre_ln", "tau0": 2.0}, ValueError, 'default for method="pre_ln"'),
         ({"skip_gain": 0.5}, ValueError, "skip_gain must satisfy"),
         ({"softmax_gain": (1.0, 2.0)}, ValueError, "softmax_gain must be a number or 4 numbers"),
         ({"learning_rate": 0}, ValueError, "learning_rate must be greater than 0"),
-        ({"learning_rate": math.nan}, ValueError, "learning_rate must be finite"),
         ({"final_share": 1.5}, ValueError, "final_share must be from 0 to 1"),
         ({"clip_norm": -1.0}, ValueError, "clip_norm must be at least 0"),
-        ({"schedule": "step"}, ValueError, "schedule must be one of 'cosine'"),
         ({"precision": "fp8"}, ValueError, "precision must be one of 'fp32', 'bf16'"),
         ({"method": "rezero"}, ValueError, "method must be one of 'shaped'"),
         ({"method": "simplified", "has_skip": True}, ValueError, 'for method="simplified"'),
