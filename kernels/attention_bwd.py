@@ -14,7 +14,7 @@ from .bwd_dq import attention_bwd_dq_kernel
 from .bwd_preprocess import attention_bwd_preprocess_kernel
 from .configs import TileConfig
 from .primitives import ROW_ALIGNMENT
-from .value_sums import ValueBlockSums
+from .value_sums import ValueSums
 from .visibility import visibility_arguments
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Preprocess:
         aligned = triton.cdiv(T, ROW_ALIGNMENT.value) * ROW_ALIGNMENT.value
         tiles = aligned // config.block_t
         has_sums = call.is_centered and call.weighed_by is None
-        self.value_sums = ValueBlockSums(v, config) if has_sums else None
+        self.value_sums = ValueSums(call, config) if has_sums else None
         self.launch = launch.Launch.for_call(
             call, attention_bwd_preprocess_kernel, tiles * B * H, config, v, residual, d_out
         )
@@ -68,8 +68,8 @@ class Preprocess:
         d_residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         v = call.v
-        block_sums = None if self.value_sums is None else self.value_sums(v)
-        given = (v, call.residual, d_out, d_lse, *saved[2:], block_sums)
+        value_sums = None if self.value_sums is None else self.value_sums(call)
+        given = (v, call.residual, d_out, d_lse, *saved[2:], value_sums)
         seen = visibility_arguments(call.visibility)
         terms = tuple(
             empty(v, shape) for shape in (self.row_terms, self.gain_dots, self.prior_dots)

@@ -1,4 +1,4 @@
-"""Forward: the whole formula in one launch (after the block sums of v, if it is centred)."""
+"""Forward: the whole formula in one launch (after the sums of v, if it is centred)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .primitives import (
     tile_width,
 )
 from .row_sums import finish_row_sums, rescale_row_sums, round_and_sum, start_row_sums
-from .value_sums import ValueBlockSums, visible_value_sum
+from .value_sums import ValueSums, lead_of, visible_value_sum
 from .visibility import (
     MASK,
     key_blocks,
@@ -82,7 +82,7 @@ def attention_fwd_kernel(
     excess_ptr,
     center_ptr,
     row_stats_ptr,
-    block_sums_ptr,
+    value_sums_ptr,
     overflow_ptr,
     visibility,
     prior,
@@ -256,8 +256,8 @@ def attention_fwd_kernel(
     prior_sum = 1.0 if UNIFORM_PRIOR else weight_sum[:, None]
     if CENTERED:
         if not WEIGHED:
-            blocks = tl.cdiv(S, SUM_BLOCK)
-            sums_ptr = block_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * (blocks * DV)
+            entries = tl.cdiv(S + lead_of(diagonal, SUM_BLOCK), SUM_BLOCK) + 1
+            sums_ptr = value_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * entries * DV
             # A descriptor is for tiles of BLOCK_S rows.
             edge_rows = v_rows if SUM_BLOCK == BLOCK_S else (None,) + v_rows[1:]
             value_sum = visible_value_sum(
@@ -329,15 +329,15 @@ class ForwardPlan:
         has_bounded = not is_weighed and _FEWEST_BLOCKS * config.block_s <= k.shape[2]
         has_sums = call.is_centered and not is_weighed
         tiles = ((q, config.block_t), (k, config.block_s), (v, config.block_s))
-        self.value_sums = ValueBlockSums(v, config) if has_sums else None
+        self.value_sums = ValueSums(call, config) if has_sums else None
         self.descriptors = launch.Descriptors(config, launch.architecture(q), *tiles)
         self.bounded = forward(True) if has_bounded else None
         self.running = forward(False)
 
     def __call__(self, call: Call, result: ForwardResult) -> None:
         q, k, v, residual, gains, visibility, _, prior_parameters = call
-        block_sums = None if self.value_sums is None else self.value_sums(v)
-        arguments = (q, k, v, *self.descriptors(q, k, v), residual, *result, block_sums)
+        value_sums = None if self.value_sums is None else self.value_sums(call)
+        arguments = (q, k, v, *self.descriptors(q, k, v), residual, *result, value_sums)
         varying = (visibility_arguments(visibility), prior_parameters, tuple(gains))
         overflow = None
         if self.bounded is not None:

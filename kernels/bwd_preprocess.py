@@ -17,7 +17,7 @@ from .primitives import (
     softmax_sign,
     store_tile,
 )
-from .value_sums import visible_value_sum
+from .value_sums import lead_of, visible_value_sum
 from .visibility import load_bounds
 
 
@@ -30,7 +30,7 @@ def attention_bwd_preprocess_kernel(
     excess_ptr,
     center_ptr,
     row_stats_ptr,
-    block_sums_ptr,
+    value_sums_ptr,
     visibility,
     row_terms_ptr,
     gain_dots_ptr,
@@ -95,8 +95,8 @@ def attention_bwd_preprocess_kernel(
             center = load_tile(center_rows, row, DV, BLOCK_T, WIDE)
         else:
             bounds = load_bounds(visibility, batch, T, S, diagonal)
-            blocks = tl.cdiv(S, SUM_BLOCK)
-            sums_ptr = block_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * (blocks * DV)
+            entries = tl.cdiv(S + lead_of(diagonal, SUM_BLOCK), SUM_BLOCK) + 1
+            sums_ptr = value_sums_ptr + tl.cast(pid_bh // GROUP, tl.int64) * entries * DV
             center = inverse_weight_sum[:, None] * visible_value_sum(
                 v_rows, sums_ptr, row, bounds, DV, BLOCK_T, SUM_BLOCK, WIDE, DOT_PRECISION
             )

@@ -160,7 +160,8 @@ def compiling_for(arch: int | str) -> Iterator[list[Compiled]]:
 
 
 _KERNEL_NAMES = {
-    "value_block_sums_kernel": "value_sums",
+    "value_sums_kernel": "value_sums",
+    "value_prefix_kernel": "value_prefix",
     "attention_fwd_kernel": "forward",
     "attention_bwd_preprocess_kernel": "preprocess",
     "attention_bwd_dkdv_kernel": "dkdv",

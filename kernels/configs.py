@@ -26,7 +26,7 @@ class TileConfig:
     Attributes:
         block_t, block_s: query rows and keys of one tile of scores.
         num_warps, num_stages: of a program, and of its pipeline of loads.
-        sum_block: rows of v in one entry of the block sums of v.
+        sum_block: rows of v in one entry of its sums; a power of two.
         row_sums: of the forward: "packed" sums the rounded weights of a row as they are rounded,
             "product" multiplies them by ones on the tensor cores.
         use_descriptors: load tiles by tensor descriptors where hardware and tensor allow.

@@ -84,7 +84,8 @@ def dot_precision(dtype: torch.dtype, arch: int | str, head_dim: int, value_dim:
 
 def row_sums(config: TileConfig, dtype: torch.dtype, arch: int | str) -> str:
     """How the forward sums rounded weights: ROW_SUMS of its kernel."""
-    if dtype == torch.float32 or (config.row_sums == "packed" and not isinstance(arch, int)):
+    has_assembly = isinstance(arch, int) and not is_interpreted()
+    if dtype == torch.float32 or (config.row_sums == "packed" and not has_assembly):
         return "cast"
     return config.row_sums
 

@@ -12,6 +12,7 @@ of this program. A worker keeps every buffer that it uses in a register: hence f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import launch
+from ..attention_fwd import attention_fwd_kernel as portable_kernel
 from ..configs import TileConfig
 from ..primitives import (
     BRANCH,
@@ -39,6 +41,7 @@ from ..primitives import (
     SKIP,
     SOFTMAX,
 )
+from ..value_sums import ValueSums, ValueSumsByKey, lead_of
 from ..visibility import load_bounds, visibility_arguments, visibility_sizes
 from .descriptors import DTYPES, Describe
 from .primitives import (
@@ -59,10 +62,17 @@ from .primitives import (
     tma_store,
     turn_pass,
     turn_wait,
+    uniform,
     unpack,
 )
-from .tiles import MOST_COLUMNS_AT_ONCE, ForwardTile, forward_tile, heads_together, width_of
-from .value_prefix import ValuePrefixSums
+from .tiles import (
+    MOST_COLUMNS_AT_ONCE,
+    ForwardTile,
+    forward_tile,
+    heads_together,
+    marked_tile,
+    width_of,
+)
 
 if TYPE_CHECKING:
     from ..attention import Call, ForwardResult
@@ -83,8 +93,6 @@ class ForwardShape(Shape):
         takes_turns: consumers take turns to issue products.
         is_centered, has_identity: which terms there are.
         residual: "none", "tile" (by TMA, of the dtype of q), or "direct".
-        form: "fixed" keeps the maximum of the first block, and marks tiles whose weights overflow;
-            "second" computes these with a maximum that follows the keys, "running" all.
         saves: whether the backward's tensors are written.
         is_dynamic: a program takes its next tile from a counter, not its share of the rounds.
     """
@@ -97,7 +105,6 @@ class ForwardShape(Shape):
     is_centered: bool
     has_identity: bool
     residual: str
-    form: str
     saves: bool
     is_dynamic: bool
 
@@ -130,11 +137,6 @@ class ForwardShape(Shape):
     def is_direct(self) -> bool:
         """Whether out is written directly."""
         return self.residual == "direct" or not self.has_room
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the maximum follows the keys."""
-        return self.form != "fixed"
 
     @property
     def row_tiles(self) -> int:
@@ -299,11 +301,21 @@ def _place(tile, visibility, sizes, C: gl.constexpr):
         end = gl.minimum(end, gl.minimum(row + C.block_t, T) - 1 + diagonal)
     # One block at least: a row without keys has results too.
     blocks = gl.maximum(gl.cdiv(end - key_lo, C.block_s), 1)
-    return Place(batch, head, head // C.group, row, key_lo, key_hi, blocks)
+    batch = uniform(batch)
+    head = uniform(head)
+    return Place(
+        batch,
+        head,
+        head // C.group,
+        uniform(row),
+        uniform(key_lo),
+        uniform(key_hi),
+        uniform(blocks),
+    )
 
 
 class Sizes(NamedTuple):
-    """Numbers of the launch; heads: of all batch entries; lead: as in `ValuePrefixSums`."""
+    """Numbers of the launch; heads: of all batch entries."""
 
     H: gl.tensor
     T: gl.tensor
@@ -311,7 +323,6 @@ class Sizes(NamedTuple):
     q_offset: gl.tensor
     diagonal: gl.tensor
     value_dim: gl.tensor
-    lead: gl.tensor
     heads: gl.tensor
     heads_together: gl.tensor
     tiles: gl.tensor
@@ -341,7 +352,7 @@ class Pointers(NamedTuple):
     lse: object
     row_stats: object
     value_sums: object
-    overflow: object
+    marks: object
     counter: object
 
 
@@ -406,24 +417,6 @@ def _load_own(descriptors, memory, where, sizes, turn, c: gl.constexpr, C: gl.co
 
 
 @gluon.jit
-def _flag(where, sizes, c: gl.constexpr):
-    """Place of the mark of the 64 queries of consumer c, and whether there are any."""
-    blocks = gl.cdiv(sizes.T, ROWS)
-    block = where.row // ROWS + c
-    return (where.batch * sizes.H + where.head) * blocks + block, block < blocks
-
-
-@gluon.jit
-def _is_left(overflow, where, sizes, C: gl.constexpr):
-    """Whether a tile, or part of it, is left to the running maximum."""
-    left = 0
-    for c in gl.static_range(C.consumers):
-        at, is_inside = _flag(where, sizes, c)
-        left |= gl.load(overflow + at, mask=is_inside, other=0)
-    return left > 0
-
-
-@gluon.jit
 def _load_tile(descriptors, memory, where, sizes, g, turn, C: gl.constexpr):
     """Ask for all that one tile of queries needs, in the order in which it needs it."""
     _load_queries(descriptors.q, memory, where, turn, 0, C)
@@ -442,7 +435,6 @@ def _load_tile(descriptors, memory, where, sizes, g, turn, C: gl.constexpr):
 @gluon.jit
 def _producer(every, c: gl.constexpr, C: gl.constexpr):
     g = 0
-    turn = 0
     i = 0
     tile = _tile_in_rounds(0)
     while tile < every.sizes.tiles:
@@ -451,10 +443,8 @@ def _producer(every, c: gl.constexpr, C: gl.constexpr):
             following = gl.num_programs(0) + gl.atomic_add(every.pointers.counter, 1)
             _announce(every.memory, tile, i, C)
         where = _place(tile, every.visibility, every.sizes, C)
-        if C.form != "second" or _is_left(every.pointers.overflow, where, every.sizes, C):
-            _load_tile(every.descriptors, every.memory, where, every.sizes, g, turn, C)
-            g += where.blocks
-            turn += 1
+        _load_tile(every.descriptors, every.memory, where, every.sizes, g, i, C)
+        g += where.blocks
         i += 1
         tile = following if C.is_dynamic else _tile_in_rounds(i)
     if C.is_dynamic:
@@ -496,27 +486,13 @@ def _first_weights(s, scale_log2, ends, key, C: gl.constexpr):
 
 @gluon.jit
 def _weights(s, scale_log2, m, u, ends, key, C: gl.constexpr, MASKED: gl.constexpr):
-    """Packed weights of a block; m, u, and the factor for what came before, all of a row."""
-    factor = m
-    if MASKED:
-        visible = before(ends - key, C.block_s, C.scores)
-    if C.is_running:
-        scores = s * scale_log2
-        if MASKED:
-            scores = gl.where(visible, scores, -float("inf"))
-        # By an integer: a power of two loses nothing.
-        rise = gl.ceil(gl.maximum(gl.max(scores, 1) - m, 0.0))
-        factor = gl.exp2(-rise)
-        m += rise
-        u *= factor
-        weights = gl.exp2(scores - m[:, None])
-    else:
-        weights = gl.exp2(s * scale_log2 - m[:, None])
+    """Packed weights of a block."""
+    weights = gl.exp2(s * scale_log2 - m[:, None])
     if C.is_centered:
         weights -= u[:, None]
     if MASKED:
-        weights = gl.where(visible, weights, 0.0)
-    return pack(weights, C.dtype), m, u, factor
+        weights = gl.where(before(ends - key, C.block_s, C.scores), weights, 0.0)
+    return pack(weights, C.dtype)
 
 
 @gluon.jit
@@ -579,17 +555,11 @@ def _step(
         turn_pass(c, C.consumers)
     s = warpgroup_mma_wait(YOUNGER, deps=[s])
     mbarrier.arrive(_ring(memory.bars, K_EMPTY, g, C), count=1)
-    packed, m, u, factor = _weights(s, scale_log2, m, u, ends, key, C, MASKED)
+    packed = _weights(s, scale_log2, m, u, ends, key, C, MASKED)
     if C.row_sums == "packed":
-        if C.is_running:
-            sums *= factor
         sums = pin(sums + _row_sums(packed, C))
     acc, sums = _finish_product(weights, acc, sums, memory, g - 1, C)
-    if C.is_running:
-        acc *= gl.convert_layout(factor, gl.SliceLayout(1, C.outputs))[:, None]
-        if C.row_sums == "product":
-            sums *= gl.convert_layout(factor, gl.SliceLayout(1, C.sums))[:, None]
-    return packed, acc, sums, m, u
+    return packed, acc, sums
 
 
 @gluon.jit
@@ -604,10 +574,11 @@ def _visible_value_sum(own, where, ends, sizes, value_sums, turn, c: gl.constexp
     Those before the position of the first query come from the prefix sums, which end there; the
     others are among the own rows, and come from a product with ones.
     """
-    blocks = gl.cdiv(sizes.S + sizes.lead, ROWS)
+    lead = lead_of(sizes.diagonal, ROWS)
+    blocks = gl.cdiv(sizes.S + lead, ROWS)
     if C.is_causal:
         first = _own_row(where, sizes, c, C)
-        entry = gl.minimum(gl.maximum((first + sizes.lead) // ROWS, 0), blocks)
+        entry = gl.minimum(gl.maximum((first + lead) // ROWS, 0), blocks)
     else:
         entry = blocks
     columns = gl.arange(0, C.width, gl.SliceLayout(0, C.outputs))
@@ -637,7 +608,7 @@ def _gathered_value_sum(where, ends, sizes, value_sums, columns, C: gl.constexpr
         entry = head * sizes.S + gl.convert_layout(ends, rows_of) - 1
         inside = inside & (gl.convert_layout(ends, rows_of) > 0)[:, None]
     else:
-        blocks = gl.cdiv(sizes.S + sizes.lead, ROWS)
+        blocks = gl.cdiv(sizes.S + lead_of(sizes.diagonal, ROWS), ROWS)
         entry = head * (blocks + 1) + blocks + gl.zeros([ROWS], gl.int64, rows_of)
     at = entry[:, None] * sizes.value_dim + columns[None, :]
     return gl.load(value_sums + at, mask=inside, other=0.0)
@@ -649,7 +620,8 @@ def _attend(every, where, g, turn, c: gl.constexpr, C: gl.constexpr):
     memory = every.memory
     sizes = every.sizes
     row_layout: gl.constexpr = gl.SliceLayout(1, C.scores)
-    zero = sizes.T >> 30
+    g = uniform(g)
+    zero = uniform(sizes.T >> 30)
     scale_log2 = LOG2_E * gain_of(every.gains, SCALE, where.head, C)
     ends = _row_ends(where, sizes.diagonal, c, C)
 
@@ -676,12 +648,12 @@ def _attend(every, where, g, turn, c: gl.constexpr, C: gl.constexpr):
     whole = gl.minimum((whole_end - where.key_lo) // C.block_s, where.blocks)
     for block in range(1, whole):
         key = where.key_lo + block * C.block_s
-        packed, acc, sums, m, u = _step(
+        packed, acc, sums = _step(
             packed, acc, sums, m, u, memory, g + block, scale_log2, ends, key, zero, c, C, False
         )
     for block in range(gl.maximum(whole, 1), where.blocks):
         key = where.key_lo + block * C.block_s
-        packed, acc, sums, m, u = _step(
+        packed, acc, sums = _step(
             packed, acc, sums, m, u, memory, g + block, scale_log2, ends, key, zero, c, C, True
         )
 
@@ -708,11 +680,13 @@ def _finish(every, where, turn, ends, acc, sums, m, u, c: gl.constexpr, C: gl.co
     count = gl.maximum(ends - where.key_lo, 0).to(gl.float32)
     has_keys = count > 0.0
     inverse_count = gl.where(has_keys, 1.0 / gl.maximum(count, 1.0), 0.0)
-    if C.form == "fixed":
-        # NaN is not below the limit either; rows past T hold anything.
-        fits = (sums < MOST_WEIGHT) | (rows >= sizes.T)
-        at, is_inside = _flag(where, sizes, c)
-        gl.store(pointers.overflow + at, 1 - gl.min(fits.to(gl.int32), 0), mask=is_inside)
+    # NaN is not below the limit either; rows past T hold anything.
+    fits = (sums < MOST_WEIGHT) | (rows >= sizes.T)
+    # As the portable kernel counts its programs, if they have 64 queries: the last first.
+    blocks = gl.cdiv(sizes.T, ROWS)
+    last_first = blocks - 1 - first // ROWS
+    mark = pointers.marks + (where.batch * sizes.H + where.head) * blocks + last_first
+    gl.store(mark, 1 - gl.min(fits.to(gl.int32), 0), mask=last_first >= 0)
     normalizer = sums
     if C.is_centered:
         normalizer += count * u
@@ -852,36 +826,20 @@ def _consumer(every, c: gl.constexpr, C: gl.constexpr):
     if C.takes_turns and c == C.consumers - 1:
         turn_pass(c, C.consumers)
     g = 0
-    turn = 0
     i = 0
     tile = _announced(every.memory, 0, C)
     while tile < every.sizes.tiles:
         where = _place(tile, every.visibility, every.sizes, C)
-        if C.form != "second" or _is_left(every.pointers.overflow, where, every.sizes, C):
-            _attend(every, where, g, turn, c, C)
-            g += where.blocks
-            turn += 1
+        _attend(every, where, g, i, c, C)
+        g += where.blocks
         i += 1
         tile = _announced(every.memory, i, C)
     tma.store_wait(0)
 
 
-@gluon.jit
-def _tiles_left(overflow, sizes, C: gl.constexpr):
-    """All tiles if any is left to the running maximum, none otherwise."""
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    flags = sizes.heads * gl.cdiv(sizes.T, ROWS)
-    left = gl.zeros([512], gl.int32, layout)
-    for first in range(0, flags, 512):
-        at = first + gl.arange(0, 512, layout)
-        left |= gl.load(overflow + at, mask=at < flags, other=0)
-    return gl.where(gl.max(left, 0) > 0, sizes.tiles, 0)
-
-
 @gluon.jit(
     do_not_specialize=[
-        "H", "T", "S", "q_offset", "diagonal", "value_dim", "lead", "heads", "heads_together",
-        "tiles",
+        "H", "T", "S", "q_offset", "diagonal", "value_dim", "heads", "heads_together", "tiles",
     ]
 )  # fmt: skip
 def attention_fwd_kernel(
@@ -899,7 +857,7 @@ def attention_fwd_kernel(
     lse_ptr,
     row_stats_ptr,
     value_sums_ptr,
-    overflow_ptr,
+    marks_ptr,
     counter_ptr,
     visibility,
     gains,
@@ -912,7 +870,6 @@ def attention_fwd_kernel(
     q_offset,
     diagonal,
     value_dim,
-    lead,
     heads,
     heads_together,
     tiles,
@@ -969,16 +926,11 @@ def attention_fwd_kernel(
         lse_ptr,
         row_stats_ptr,
         value_sums_ptr,
-        overflow_ptr,
+        marks_ptr,
         counter_ptr,
     )
     gains = Gains(gains, gain_strides)
-    sizes = Sizes(H, T, S, q_offset, diagonal, value_dim, lead, heads, heads_together, tiles)
-    if C.form == "second":
-        sizes = Sizes(
-            H, T, S, q_offset, diagonal, value_dim, lead, heads, heads_together,
-            _tiles_left(overflow_ptr, sizes, C),
-        )  # fmt: skip
+    sizes = Sizes(H, T, S, q_offset, diagonal, value_dim, heads, heads_together, tiles)
     every = Every(descriptors, pointers, memory, visibility, gains, sizes)
     # Constants must stand inside the call: a tuple assigned before would make them values.
     if C.consumers == 2:
@@ -1004,101 +956,42 @@ def attention_fwd_kernel(
         )
 
 
-# Keys, in blocks, from which the form with a fixed maximum is worth a launch of its own: estimated.
-_FEWEST_BLOCKS = 4
-
-
 class ForwardPlan:
-    """The launches of a forward, for one signature of a call; calling it launches them."""
+    """The launches of a forward, for one signature of a call; calling it launches them.
+
+    The second, of the portable kernel, computes the queries that the first has marked.
+    """
 
     def __init__(self, call: Call, saves: bool) -> None:
-        q, k, v = call[:3]
-        S = k.shape[2]
+        q, k, v, residual = call[:4]
         width = width_of(q.shape[3], v.shape[3])
-        tile = forward_tile(width, call.visibility.is_causal, S)
-        # The maximum takes registers.
-        running = tile._replace(consumers=2, row_sums="packed", schedule="rounds")
-        is_fixed = _FEWEST_BLOCKS * tile.block_s <= S
-        first = (tile, "fixed") if is_fixed else (running, "running")
-        self.shape, self.first = self._launch(call, saves, *first)
-        self.second = self._launch(call, saves, running, "second")[1] if is_fixed else None
-        self.value_sums = None
-        if call.is_centered:
-            self.value_sums = ValuePrefixSums(v, self._lead(call), self.shape.sums_by_key)
-        self.overflow = (*q.shape[:2], triton.cdiv(q.shape[2], ROWS.value))
+        tile = forward_tile(width, call.visibility.is_causal, k.shape[2])
+        self.shape, self.first = _first_launch(call, saves, width, tile)
         rows, keys = [1, 1, ROWS.value, width], [1, 1, tile.block_s, width]
         self.describe = Describe(rows, keys, keys, rows, rows, rows, rows)
-
-    @staticmethod
-    def _lead(call: Call) -> int:
-        """How far blocks of keys are shifted for tiles of queries to start at their boundaries."""
-        _, diagonal = visibility_sizes(call.visibility, call.q.shape[2], call.k.shape[2])
-        return (1 - diagonal) % ROWS.value if call.visibility.is_causal else 0
-
-    def _launch(
-        self, call: Call, saves: bool, tile: ForwardTile, form: str
-    ) -> tuple[ForwardShape, launch.Launch]:
-        q, k, v, residual, gains, visibility, _, _ = call
-        B, H, T, D = q.shape
-        HKV, S, DV = v.shape[1:]
-        gain_strides, gain_is_tensor = launch.gain_arguments(gains)
-        width = width_of(D, DV)
-        fits = residual is not None and residual.dtype == q.dtype and launch.fits_tma(residual)
-        fits = fits and width <= MOST_COLUMNS_AT_ONCE
-        shape = ForwardShape(
-            consumers=tile.consumers,
-            block_s=tile.block_s,
-            stages=tile.stages,
-            width=width,
-            dtype=DTYPES[q.dtype],
-            row_sums=tile.row_sums,
-            takes_turns=tile.takes_turns,
-            is_causal=visibility.is_causal,
-            is_centered=call.is_centered,
-            has_identity=call.has_identity,
-            residual="none" if residual is None else "tile" if fits else "direct",
-            form=form,
-            saves=saves,
-            is_dynamic=tile.schedule == "dynamic",
-            group=H // HKV,
-            gain_is_tensor=gain_is_tensor,
+        self.marks = (*q.shape[:2], triton.cdiv(q.shape[2], ROWS.value))
+        config = marked_tile(width)
+        self.second = launch.Launch.for_call(
+            call, portable_kernel, math.prod(self.marks), config, q, k, v, residual, BOUNDED=False
         )
-        row_tiles = triton.cdiv(T, shape.block_t)
-        bytes_of_head = 4 * S * shape.width
-        tiles = B * H * row_tiles
-        sizes = (
-            *(H, T, S, *visibility_sizes(visibility, T, S), DV, self._lead(call), B * H),
-            heads_together(B * H, H // HKV, row_tiles, bytes_of_head, shape.is_causal),
-            tiles,
-        )
-        registers = MOST_REGISTERS[shape.consumers]
-        return shape, launch.Launch(
-            attention_fwd_kernel,
-            tiles if tile.schedule == "grid" else min(launch.multiprocessors(q), tiles),
-            (
-                gain_strides,
-                launch.strides(v if shape.gathers_own else None),
-                launch.strides(residual),
-                *sizes,
-            ),
-            TileConfig(shape.block_t, shape.block_s, 4, 1, max_registers=registers),
-            C=Constants(shape),
-        )
+        self.value_sums = ValueSums(call, config) if call.is_centered else None
+        self.sums_by_key = ValueSumsByKey(call, config) if self.shape.sums_by_key else None
 
     def __call__(self, call: Call, result: ForwardResult) -> None:
         q, k, v, residual, gains, visibility, _, _ = call
         shape = self.shape
-        seen = visibility_arguments(visibility)
-        overflow = counter = value_sums = None
-        if self.second is not None:
-            overflow = torch.empty(self.overflow, dtype=torch.int32, device=q.device)
+        seen, gains = visibility_arguments(visibility), tuple(gains)
+        marks = torch.empty(self.marks, dtype=torch.int32, device=q.device)
+        counter = value_sums = sums_by_key = None
         if shape.is_dynamic:
             # The prepass sets it to 0, if there is one.
             allocate = torch.zeros if self.value_sums is None else torch.empty
             counter = allocate(1, dtype=torch.int32, device=q.device)
         if self.value_sums is not None:
-            value_sums = self.value_sums(v, seen, counter)
-        arguments = (
+            value_sums = self.value_sums(call, counter)
+        if self.sums_by_key is not None:
+            sums_by_key = self.sums_by_key(call, value_sums)
+        self.first(
             *self.describe(
                 q,
                 k,
@@ -1114,12 +1007,63 @@ class ForwardPlan:
             None if shape.has_room else result.excess,
             result.lse,
             result.row_stats,
-            value_sums,
-            overflow,
+            value_sums if sums_by_key is None else sums_by_key,
+            marks,
             counter,
             seen,
-            tuple(gains),
+            gains,
         )
-        self.first(*arguments)
-        if self.second is not None:
-            self.second(*arguments)
+        descriptors = (None, None, None)
+        self.second(
+            *(q, k, v, *descriptors, residual, *result, value_sums, marks, seen, None, gains)
+        )
+
+
+def _first_launch(
+    call: Call, saves: bool, width: int, tile: ForwardTile
+) -> tuple[ForwardShape, launch.Launch]:
+    q, k, v, residual, gains, visibility, _, _ = call
+    B, H, T, _ = q.shape
+    HKV, S, DV = v.shape[1:]
+    gain_strides, gain_is_tensor = launch.gain_arguments(gains)
+    fits = residual is not None and residual.dtype == q.dtype and launch.fits_tma(residual)
+    fits = fits and width <= MOST_COLUMNS_AT_ONCE
+    shape = ForwardShape(
+        consumers=tile.consumers,
+        block_s=tile.block_s,
+        stages=tile.stages,
+        width=width,
+        dtype=DTYPES[q.dtype],
+        row_sums=tile.row_sums,
+        takes_turns=tile.takes_turns,
+        is_causal=visibility.is_causal,
+        is_centered=call.is_centered,
+        has_identity=call.has_identity,
+        residual="none" if residual is None else "tile" if fits else "direct",
+        saves=saves,
+        is_dynamic=tile.schedule == "dynamic",
+        group=H // HKV,
+        gain_is_tensor=gain_is_tensor,
+    )
+    row_tiles = triton.cdiv(T, shape.block_t)
+    bytes_of_head = 4 * S * shape.width
+    tiles = B * H * row_tiles
+    sizes = (
+        *(H, T, S, *visibility_sizes(visibility, T, S), DV, B * H),
+        heads_together(B * H, H // HKV, row_tiles, bytes_of_head, shape.is_causal),
+        tiles,
+    )
+    return shape, launch.Launch(
+        attention_fwd_kernel,
+        tiles if tile.schedule == "grid" else min(launch.multiprocessors(q), tiles),
+        (
+            gain_strides,
+            launch.strides(v if shape.gathers_own else None),
+            launch.strides(residual),
+            *sizes,
+        ),
+        TileConfig(
+            shape.block_t, shape.block_s, 4, 1, max_registers=MOST_REGISTERS[shape.consumers]
+        ),
+        C=Constants(shape),
+    )

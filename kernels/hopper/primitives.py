@@ -189,6 +189,17 @@ def pin(x):
 
 # ------------------------------------------------------------------------- tiles and visibility
 @gluon.jit
+def uniform(x):
+    """x, an int32 that all threads have in common, as the assembler now knows.
+
+    It keeps x, and what follows from it, in uniform registers, which are plenty.
+    """
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def place(tile, tiles, heads_together, CAUSAL: gl.constexpr, LAST_FIRST: gl.constexpr):
     """Head (batch and head in one) and number within it of a tile; a head has `tiles`.
 

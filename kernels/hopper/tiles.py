@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..configs import TileConfig
 from ..families import triton_release
 
 WIDTHS = (64, 128, 256)
@@ -101,6 +102,12 @@ def forward_tile(width: int, is_causal: bool, keys: int) -> ForwardTile:
     tile = (_FORWARD if triton_release() < (3, 9) else _FORWARD_3_9)[width]
     is_long = is_causal and keys > _MOST_KEYS_IN_ROUNDS
     return tile._replace(schedule="grid") if is_long else tile
+
+
+def marked_tile(width: int) -> TileConfig:
+    """Tile of the portable forward for the queries that the forward has marked, 64 at a time."""
+    num_warps = 4 if width <= MOST_COLUMNS_AT_ONCE else 8
+    return TileConfig(64, 64, num_warps, 2, masked_stages=1, use_descriptors=False)
 
 
 def dkdv_tile(width: int, is_causal: bool) -> DkdvTile:

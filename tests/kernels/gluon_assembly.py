@@ -31,6 +31,12 @@ def _two_halves(dtype: torch.dtype) -> Callable:
     return convert
 
 
+def _shuffle(a, lane, clamp, members):
+    if (a != a.flatten()[0]).any():
+        raise error(UnsupportedError, "shfl of values that differ between threads is not emulated")
+    return a
+
+
 INSTRUCTIONS: dict[str, Callable] = {
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
@@ -40,6 +46,7 @@ INSTRUCTIONS: dict[str, Callable] = {
     "shl.b32": lambda a, bits: torch.where((bits >= 0) & (bits < 32), a << (bits & 31), 0),
     "lop3.b32": _lop3,
     "setp.eq.u32": torch.eq,
+    "shfl.sync.idx.b32": _shuffle,
     "cvt.rn.bf16x2.f32": _two_halves(torch.bfloat16),
     "cvt.rn.f16x2.f32": _two_halves(torch.float16),
 }
