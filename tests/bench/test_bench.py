@@ -9,12 +9,11 @@ import sys
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import invoke
 from scripts import BENCH_CONFTEST, ROOT
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from shaped_attn import plots, speed
-from shaped_attn.commands import cli
 from shaped_attn.plots.speed import plot_speed
 from shaped_attn.testing import Case
 
@@ -108,9 +107,7 @@ def test_gates_are_asked_of_their_cases_alone():
 
 
 def test_the_report_of_an_h100_renders(h100, tmp_path):
-    done = CliRunner().invoke(
-        cli, ["bench", "--show", str(h100), "--output", str(tmp_path / "out")]
-    )
+    done = invoke("bench", "--show", h100, "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output
     for part in ("NVIDIA H100", "d0ec308", "fixed T 4096 D 128", "missed", "met"):
         assert part in done.output
@@ -130,7 +127,7 @@ def test_the_plot_has_a_panel_for_each_pass_head_dimension_and_mask(h100):
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "other.json"
     path.write_text('{"benchmarks": [1]}')
-    done = CliRunner().invoke(cli, ["bench", "--show", str(path)])
+    done = invoke("bench", "--show", path)
     assert done.exit_code == 1
     assert "other.json" in done.output and "--record" in done.output
 

@@ -15,7 +15,7 @@ import tiny_training
 import torch
 from command_line import invoke
 
-from shaped_attn import commands, fidelity, shaped_attention
+from shaped_attn import fidelity, shaped_attention
 from shaped_attn.commands import common, demo
 from shaped_attn.nn import ShapedTransformer, ShapedTransformerConfig
 from shaped_attn.sde import prediction

@@ -3,10 +3,9 @@
 import argparse
 import json
 
+import command_line
 import pytest
-from click.testing import CliRunner
 
-from shaped_attn import commands
 from shaped_attn.nn import ShapedTransformer
 from shaped_attn.nn.config import ModelConfig, model_of
 from shaped_attn.sde.prediction import Settings
@@ -20,9 +19,7 @@ SHORT += ("--data", argparse.__file__, "--data-bytes", 50_000)
 
 
 def invoke(command, *args):
-    return CliRunner().invoke(
-        commands.cli, [command, "--device", "cpu", *(str(arg) for arg in args)]
-    )
+    return command_line.invoke(command, "--device", "cpu", *args)
 
 
 @pytest.fixture(scope="module")

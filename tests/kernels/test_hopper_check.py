@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import invoke
 
-from shaped_attn import commands, fidelity, shaped_attention
+from shaped_attn import fidelity, shaped_attention
 from shaped_attn.kernels.hopper import tiles
 
 CALLS = fidelity.hopper_calls(40)
@@ -103,9 +103,7 @@ def test_the_command(hopper, monkeypatch):
     monkeypatch.setattr(fidelity, "hopper_calls", lambda length: CALLS[:1])
     monkeypatch.setattr(fidelity, "QUICK_CALL_LOGIT_STDS", (1.0,))
     with hopper():
-        result = CliRunner().invoke(
-            commands.cli, ["check", "--family", "hopper", "--quick", "--length=40"]
-        )
+        result = invoke("check", "--family", "hopper", "--quick", "--length=40")
     assert result.exit_code == 0, result.output
     printed = " ".join(result.stdout.split())
     for part in (
