@@ -64,7 +64,8 @@ def attention(
         # torch multiplies the -inf of its causal mask by the scale: NaN for 0, +inf for less.
         q, scale = q * per_head(scale, dtype), 1.0
 
-    lse = _by_rows(_lse_rows, q, k, v, scale, visible)[0] if return_lse else None
+    whole = _Chunk(q, k, v, scale, visible, 0, queries)
+    lse = _by_rows(_lse_rows, whole)[0] if return_lse else None
     used = visible.used(q.device)
     if used is not None:
         # Keys that no query sees, such as padding, may hold anything.
@@ -79,17 +80,18 @@ def attention(
             # A vector added to all rows of v changes neither softmax minus centre nor any gradient.
             # Without the mean of v the two terms, hence their rounding errors, are smallest.
             v, mean = _centered(v, used)
+        whole = _Chunk(q, k, v, scale, visible, 0, queries)
         if prior is not None:
             softmax, center, seen, prior_sum = _by_rows(
-                _prior_rows, q, k, v, scale, visible, with_softmax, with_center
+                _prior_rows, whole, with_softmax, with_center
             )
         elif visible.attn_mask is not None:
-            softmax, center, seen = _by_rows(
-                _masked_rows, q, k, v, scale, visible, with_softmax, with_center
-            )
+            softmax, center, seen = _by_rows(_masked_rows, whole, with_softmax, with_center)
         else:
-            if with_softmax:
-                softmax = _softmax(q, k, v, scale, visible)
+            if with_softmax and visible.suits_sdpa and _has_fused_sdpa(q):
+                softmax = _sdpa(q, k, v, scale, is_causal=visible.is_causal)
+            elif with_softmax:
+                softmax = _by_rows(_masked_rows, whole, True, False)[0]
             if with_center:
                 center, seen = _visible_mean(v, visible)
                 center = _to_heads(center, q).expand(-1, -1, queries, -1)
@@ -194,100 +196,94 @@ class _VisibleKeys:
         return end.clamp(min=0)
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: _VisibleKeys) -> Tensor:
-    if visible.suits_sdpa and _has_fused_sdpa(q):
-        return _sdpa(q, k, v, scale, is_causal=visible.is_causal)
-    return _by_rows(_masked_rows, q, k, v, scale, visible, True, False)[0]
+@dataclass(frozen=True)
+class _Chunk:
+    """Some query rows, start to stop, and the keys that they may see."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    visible: _VisibleKeys
+    start: int
+    stop: int
+
+    def rows(self, start: int, stop: int) -> _Chunk:
+        """Return a part of a chunk of all rows."""
+        keys = self.visible.reach(stop)
+        q, k, v = self.q[:, :, start:stop], self.k[:, :, :keys], self.v[:, :, :keys]
+        return _Chunk(q, k, v, self.scale, self.visible, start, stop)
+
+    def mask(self) -> Tensor | None:
+        """Return which keys are visible, with size 1 where it is constant; None for all."""
+        return self.visible.mask(self.start, self.stop, self.k.shape[2], self.q.device)
+
+    def log_prior(self) -> Tensor:
+        """Return log A0, -inf where a key is not visible."""
+        return self.visible.log_prior(self.start, self.stop, self.k.shape[2], self.q.dtype)
+
+    def logits(self) -> Tensor:
+        """Return scale q . k, (B, H, rows, keys)."""
+        return self.scale * (self.q @ _to_heads(self.k, self.q).transpose(-1, -2))
+
+    def times_values(self, weights: Tensor) -> Tensor:
+        """Return the product of weights of keys, (B, H, rows, keys), with v."""
+        return weights @ _to_heads(self.v, self.q)
+
+    def sdpa(self, mask: Tensor | None) -> Tensor:
+        """Return softmax attention under a mask."""
+        return _sdpa(self.q, self.k, self.v, self.scale, mask=mask)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Give x (B, H, rows, any) the number of rows, which may be 1 before."""
+        return x.expand(-1, -1, self.stop - self.start, -1)
 
 
-def _by_rows(
-    function: Callable,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    visible: _VisibleKeys,
-    *flags: bool,
-) -> list[Tensor | None]:
+def _by_rows(function: Callable, whole: _Chunk, *flags: bool) -> list[Tensor | None]:
     """Apply ``function`` to chunks of query rows and concatenate each of its results.
 
     Chunks are recomputed in backward: what they save for it would add up to T x S elements.
     """
-    queries = visible.queries
-    whole = queries <= CHUNK_ROWS or (
-        function is _masked_rows and not visible.differs_by_row and _has_fused_sdpa(q)
-    )
-    if whole:
-        keys = visible.reach(queries)
-        return list(function(q, k[:, :, :keys], v[:, :, :keys], scale, visible, 0, queries, *flags))
-    chunks = []
+    queries, visible = whole.stop, whole.visible
+    if queries <= CHUNK_ROWS or (
+        function is _masked_rows and not visible.differs_by_row and _has_fused_sdpa(whole.q)
+    ):
+        return list(function(whole.rows(0, queries), *flags))
+    found = []
     for start in range(0, queries, CHUNK_ROWS):
-        stop = min(start + CHUNK_ROWS, queries)
-        keys = visible.reach(stop)
-        arguments = (
-            q[:, :, start:stop],
-            k[:, :, :keys],
-            v[:, :, :keys],
-            scale,
-            visible,
-            start,
-            stop,
-            *flags,
-        )
+        chunk = whole.rows(start, min(start + CHUNK_ROWS, queries))
         if torch.is_grad_enabled():
-            chunk = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            found.append(checkpoint(function, chunk, *flags, **options))
         else:
-            chunk = function(*arguments)
-        chunks.append(chunk)
+            found.append(function(chunk, *flags))
     return [
-        None if parts[0] is None else torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)
+        None if parts[0] is None else torch.cat(parts, dim=2) for parts in zip(*found, strict=True)
     ]
 
 
 def _masked_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    visible: _VisibleKeys,
-    start: int,
-    stop: int,
-    with_softmax: bool,
-    with_center: bool,
+    chunk: _Chunk, with_softmax: bool, with_center: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return softmax term, centre and whether a key is visible, for the queries start to stop."""
-    mask = visible.mask(start, stop, k.shape[2], q.device)
+    """Return softmax term, centre and whether a key is visible."""
+    mask = chunk.mask()
     seen = None if mask is None else mask.any(-1, keepdim=True)
     softmax = center = None
     if with_softmax:
         # A row that sees no key attends to all and is zeroed after it, so that no NaN arises.
-        softmax = _sdpa(q, k, v, scale, mask=None if mask is None else mask | ~seen)
+        softmax = chunk.sdpa(None if mask is None else mask | ~seen)
         softmax = softmax if seen is None else softmax.masked_fill(~seen, 0)
     if with_center:
-        weights = mask.to(v.dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
-        center = weights @ _to_heads(v, q)
-        center = center.expand(-1, -1, stop - start, -1)
-    if seen is not None:
-        seen = seen.expand(-1, -1, stop - start, -1)
-    return softmax, center, seen
+        weights = mask.to(chunk.v.dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
+        center = chunk.expand(chunk.times_values(weights))
+    return softmax, center, None if seen is None else chunk.expand(seen)
 
 
 def _prior_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    visible: _VisibleKeys,
-    start: int,
-    stop: int,
-    with_softmax: bool,
-    with_center: bool,
+    chunk: _Chunk, with_softmax: bool, with_center: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Return softmax term, centre, whether a key is visible and D, for the queries start to stop.
-
-    The softmax term is already multiplied by D.
-    """
-    logs = visible.log_prior(start, stop, k.shape[2], q.dtype)
+    """Return softmax term, already times D, centre, whether a key is visible, and D."""
+    logs = chunk.log_prior()
     seen = (logs > -torch.inf).any(-1, keepdim=True)
     weights = logs.exp()
     prior_sum = weights.sum(-1, keepdim=True)
@@ -296,27 +292,24 @@ def _prior_rows(
         bias = torch.where(seen, logs, 0)
         if bias.requires_grad:
             # torch's kernels of linear memory give no gradient of a bias.
-            logits = scale * (q @ _to_heads(k, q).transpose(-1, -2)) + bias
-            softmax = logits.softmax(-1) @ _to_heads(v, q)
+            softmax = chunk.times_values((chunk.logits() + bias).softmax(-1))
         else:
-            softmax = _sdpa(q, k, v, scale, mask=bias)
+            softmax = chunk.sdpa(bias)
         softmax = prior_sum * softmax  # 0 where no key is seen
     if with_center:
-        center = weights @ _to_heads(v, q)
-    shape = (q.shape[0], q.shape[1], stop - start, 1)
+        center = chunk.times_values(weights)
+    shape = (*chunk.q.shape[:3], 1)
     return softmax, center, seen.expand(shape), prior_sum.expand(shape)
 
 
-def _lse_rows(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: _VisibleKeys, start: int, stop: int
-) -> tuple[Tensor]:
-    """Return the log-sum-exp of the visible logits of the queries start to stop."""
-    logits = scale * (q @ _to_heads(k, q).transpose(-1, -2))
-    if visible.prior is not None:
-        logs = visible.log_prior(start, stop, k.shape[2], q.dtype)
+def _lse_rows(chunk: _Chunk) -> tuple[Tensor]:
+    """Return the log-sum-exp of the visible logits."""
+    logits = chunk.logits()
+    if chunk.visible.prior is not None:
+        logs = chunk.log_prior()
         logits, mask = logits + torch.where(logs > -torch.inf, logs, 0), logs > -torch.inf
     else:
-        mask = visible.mask(start, stop, k.shape[2], q.device)
+        mask = chunk.mask()
     if mask is None:
         return (logits.logsumexp(-1),)
     seen = mask.any(-1, keepdim=True)
