@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import testing
 from .functional import shaped_attention
+from .validation import GAIN_NAMES
 from .watchdog import Job, in_turn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -41,7 +42,6 @@ REGIMES: dict[str, dict[str, Any]] = {
 CENTRED_BUDGET = {"bf16": 3e-3, "fp16": 5e-4, "fp32": 3e-5}
 """Largest error of the centred term that the Triton kernels may have, in any regime."""
 
-GAIN_NAMES = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
 GRADIENT_NAMES = ("q", "k", "v", "residual", *GAIN_NAMES)
 CENTRED = "centred term"
 OUTPUT = "output"
@@ -55,6 +55,10 @@ _GAINS = {
     "skip_gain": 0.75,
     "branch_gain": 0.5,
 }
+
+
+# Softmax minus mean alone: what the operator returns is the centred term.
+_CENTRED = {"identity_gain": 0.0, "is_causal": True}
 
 
 @dataclass(frozen=True)
@@ -221,32 +225,22 @@ def measure(
         )
     if "triton" in impls:
         _check_kernels_run()
-    settings = {
-        "device": str(device),
-        "heads": heads,
-        "head_dim": head_dim,
-        "is_causal": True,
-        "seed": seed,
-        "family": family,
-    }
-    points = itertools.product(impls, dtypes, regimes, logit_stds)
+    options = {"heads": heads, "head_dim": head_dim, "seed": seed, "family": family}
     jobs = [
         Job(
             f"{impl} {dtype} {regime}, logit std {logit_std:g}",
             _measure_point,
-            {
+            options
+            | {
                 "point": (impl, dtype, regime, logit_std),
                 "size": default_length(impl, device) if length is None else length,
-                "heads": heads,
-                "head_dim": head_dim,
                 "device": device,
-                "seed": seed,
-                "family": family,
                 "attention": attention,
             },
         )
-        for impl, dtype, regime, logit_std in points
+        for impl, dtype, regime, logit_std in itertools.product(impls, dtypes, regimes, logit_stds)
     ]
+    settings = {"device": str(device), "is_causal": True, **options}
     return _report(jobs, settings, run, on_progress)
 
 
@@ -393,28 +387,22 @@ def measure_calls(
 
     Args:
         calls: what to call.
-        device: where to run.
-        logit_stds: standard deviations of scale q.k.
-        seed: of the inputs.
-        family: of kernels, as in `shaped_attn.kernels.use_family`. Default: the one in force.
-        attention: the function under test, with the signature of ``shaped_attention``.
-        run: makes the measurements, `shaped_attn.watchdog.run` in processes of their own.
-        on_progress: called with (done, total) after every call.
+        device, logit_stds, seed, family, attention, run, on_progress: as in `measure`.
 
     Raises:
         RuntimeError: the kernels cannot run here.
     """
     _check_kernels_run()
+    options = {"seed": seed, "family": family}
     jobs = [
         Job(
             f"{call.id}, logit std {logit_std:g}",
             _measure_call,
-            {
+            options
+            | {
                 "call": call,
                 "logit_std": logit_std,
                 "device": torch.device(device),
-                "seed": seed,
-                "family": family,
                 "attention": attention,
             },
         )
@@ -422,7 +410,7 @@ def measure_calls(
         for logit_std in logit_stds
         for call in calls
     ]
-    settings = {"device": str(device), "seed": seed, "family": family}
+    settings = {"device": str(device), **options}
     return _report(jobs, settings, run, on_progress)
 
 
@@ -583,7 +571,7 @@ class _Problem:
         self.upstream = upstream.to(device=device, dtype=self.dtype)
         self.mean = _prefix_mean(self.double["v"])
         q, k, v = (self.double[name] for name in "qkv")
-        self.centred = _attend_centred(shaped_attention, "reference", q, k, v, scale)
+        self.centred = shaped_attention(q, k, v, scale=scale, impl="reference", **_CENTRED)
         logits = scale * q @ k.mT
         self.logit_size = logits.square().mean().sqrt().item()
         self.logit_spread = logits.std(-1).mean().item()
@@ -593,7 +581,7 @@ class _Problem:
     ) -> tuple[float, float, float]:
         """Error of the centred term, that of the composition, and the budget."""
         q, k, v = (self.tensors[name] for name in "qkv")
-        actual = _attend_centred(attention, impl, q, k, v, self.scale)
+        actual = attention(q, k, v, scale=self.scale, impl=impl, **_CENTRED)
         composed = _softmax(q, k, v, self.scale) - _prefix_mean(v)
         if impl == "triton":
             budget = CENTRED_BUDGET[dtype]
@@ -650,23 +638,6 @@ class _Problem:
                 testing.relative_error(composed[name], exact),
                 budget,
             )
-
-
-def _attend_centred(
-    attention: Callable[..., Tensor], impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Tensor:
-    """Softmax minus mean alone: what the operator returns is the centred term."""
-    return attention(
-        q,
-        k,
-        v,
-        identity_gain=0.0,
-        softmax_gain=1.0,
-        center_gain=1.0,
-        scale=scale,
-        is_causal=True,
-        impl=impl,
-    )
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -84,7 +84,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> N
             )
         if x.ndim != 4:
             raise ValueError(
-                f"{name} must have the 4 dimensions {_LAYOUT[name]}, got shape {_shape(x)}. "
+                f"{name} must have the 4 dimensions {_LAYOUT[name]}, got shape {tuple(x.shape)}. "
                 "Add or merge dimensions; a single sequence of one head is (1, 1, T, D)."
             )
 
@@ -137,22 +137,22 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> No
     ):
         if x.shape[axis] < 1:
             raise ValueError(
-                f"{name} must have at least one {what}, got shape {_shape(x)}. "
+                f"{name} must have at least one {what}, got shape {tuple(x.shape)}. "
                 "Only the batch size, T and S may be 0."
             )
     if k.shape[0] != batch or v.shape[0] != batch:
         raise ValueError(
-            f"k and v must have the batch size of q, {batch}, got shapes {_shape(k)} and "
-            f"{_shape(v)}. Expand them to it; the batch dimension does not broadcast."
+            f"k and v must have the batch size of q, {batch}, got shapes {tuple(k.shape)} and "
+            f"{tuple(v.shape)}. Expand them to it; the batch dimension does not broadcast."
         )
     if v.shape[1] != kv_heads or v.shape[2] != keys:
         raise ValueError(
             f"v must have the heads and keys of k, (B, {kv_heads}, {keys}, Dv), got shape "
-            f"{_shape(v)}. Give each key exactly one value per head."
+            f"{tuple(v.shape)}. Give each key exactly one value per head."
         )
     if k.shape[3] != head_dim:
         raise ValueError(
-            f"k must have the head dimension of q, {head_dim}, got shape {_shape(k)}. "
+            f"k must have the head dimension of q, {head_dim}, got shape {tuple(k.shape)}. "
             "Project q and k to the same head dimension."
         )
     if heads % kv_heads != 0:
@@ -172,7 +172,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> No
     if tuple(residual.shape) != (batch, heads, queries, value_dim):
         raise ValueError(
             f"residual must have the shape of the output, ({batch}, {heads}, {queries}, "
-            f"{value_dim}), got shape {_shape(residual)}. Reshape or expand it to (B, H, T, Dv)."
+            f"{value_dim}), got shape {tuple(residual.shape)}. "
+            "Reshape or expand it to (B, H, T, Dv)."
         )
     if torch.promote_types(q.dtype, residual.dtype) != residual.dtype:
         raise TypeError(
@@ -198,7 +199,7 @@ def check_gain(name: str, gain: Gain, q: Tensor) -> None:
     if gain.ndim > 1 or (gain.ndim == 1 and gain.shape[0] != heads):
         raise ValueError(
             f"{name} as a Tensor must have shape () or (H,) = ({heads},), got shape "
-            f"{_shape(gain)}. Give one value, or one value per query head."
+            f"{tuple(gain.shape)}. Give one value, or one value per query head."
         )
     _check_device(name, gain, q)
 
@@ -249,7 +250,7 @@ def check_key_range(name: str, bound: Tensor | None, q: Tensor) -> None:
         )
     if bound.ndim != 1 or bound.shape[0] != q.shape[0]:
         raise ValueError(
-            f"{name} must have shape (B,) = ({q.shape[0]},), got shape {_shape(bound)}. "
+            f"{name} must have shape (B,) = ({q.shape[0]},), got shape {tuple(bound.shape)}. "
             "Give one key index per batch entry."
         )
     _check_device(name, bound, q)
@@ -278,8 +279,8 @@ def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> None:
     )
     if not fits:
         raise ValueError(
-            f"attn_mask must broadcast to (B, H, T, S) = {_sizes(target)}, got shape "
-            f"{_shape(attn_mask)}. "
+            f"attn_mask must broadcast to (B, H, T, S) = {target}, got shape "
+            f"{tuple(attn_mask.shape)}. "
             "Add dimensions of size 1; a mask of keys per batch entry is mask[:, None, None, :]."
         )
     _check_device("attn_mask", attn_mask, q)
@@ -340,12 +341,3 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
             f"{name} must be on the device of q, {q.device}, got {x.device}. "
             f"Move it with {name}.to(q.device)."
         )
-
-
-def _shape(x: Tensor) -> str:
-    return _sizes(x.shape)
-
-
-def _sizes(sizes: object) -> str:
-    sizes = [str(size) for size in sizes]
-    return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
