@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_WITHOUT_EFFECT = ("impl", "deterministic")  # on a prediction; training has them from its file
+# On a prediction; training takes them from its file.
+_WITHOUT_EFFECT = ("impl", "deterministic", "preserves_variance")
 _START = {"tokens", "correlation", "variance"}
 _ROWS = 4  # of the table, beside the start
 

@@ -127,13 +127,13 @@ def read(path: Path, flags: Collection[str]) -> tuple[dict[str, Any], dict[str, 
     if not isinstance(asked, dict) or not isinstance(predicted, dict):
         return values, {}
     recommended = values.get("recommended")
-    if recommended is None:
+    if not isinstance(recommended, dict):
         if values.get("tuning") is not None:
             _say(f"{path}: predict recommends no gains; those that were asked for are taken.")
         return asked, predicted
     for name, value in recommended.items():
         if value is not None and value != asked.get(name) and name not in flags:
-            _say(f"{path}: {name} {value:g}, as predict recommends (asked: {asked[name]:g})")
+            _say(f"{path}: {name} {value}, as predict recommends (asked: {asked.get(name)})")
     return recommended, predicted
 
 

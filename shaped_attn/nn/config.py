@@ -78,6 +78,7 @@ class ModelConfig:
     skip_gain: float | None = setting(
         None, "Weight of each skip path.", none="sqrt(1 - branch_gain^2)"
     )
+    preserves_variance: bool = setting(True, "Whether skip_gain^2 + branch_gain^2 has to be 1.")
     tau0: float = setting(1.0, "Temperature.", check_positive)
     identity_gain: HeadGain = setting(
         1.0, "Weight of the identity in the attention matrix, or one for each head."
@@ -165,9 +166,6 @@ class ShapedTransformerConfig(ModelConfig):
         "Normalisation of the blocks; to name one asks for it.",
         choices=NORMS,
         none="that of the method's paper, if there is one at all",
-    )
-    preserves_variance: bool = setting(
-        True, "Whether skip_gain^2 + branch_gain^2 has to be 1, as in `ShapedBlock`."
     )
     scale: str | float = setting("width", "Of the logits, as in `ShapedAttention`.")
     learned_gains: Sequence[str] = setting(

@@ -170,7 +170,7 @@ def test_the_help_shows_the_defaults():
     rho, band = found.correlation, found.target_band
     assert band == pytest.approx((rho - margin, rho + margin))
     names = {f.name for f in fields(Settings)} - {"has_skip", "has_normalization"}
-    names -= {"impl", "deterministic"}
+    names -= {"impl", "deterministic", "preserves_variance"}
     for command, others in (("predict", {"networks", "against"}), ("compare", {"band", "tune"})):
         shown = set(re.findall(r"--([a-z0-9-]+)", invoke(command, "--help").stdout))
         assert {name.replace("_", "-") for name in names - others} <= shown

@@ -54,6 +54,8 @@ def test_every_setting_of_the_model_reaches_it():
     gains |= {"gain_scheme": "learn", "c_minus": -0.5}
     config = TrainSettings(heads=2, **gains).model_config()
     assert {name: getattr(config, name) for name in gains} == gains
+    config = TrainSettings(skip_gain=0.9, preserves_variance=False).model_config()
+    assert config.block_arguments()["skip_gain"] == 0.9
 
 
 def test_differences_name_what_the_weights_depend_on():
