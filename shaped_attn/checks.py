@@ -93,6 +93,20 @@ def check_numbers(
     return numbers
 
 
+def check_kind(name: str, value: object, kind: type[T], remedy: str) -> T:
+    """Return ``value`` if it is of a class."""
+    if not isinstance(value, kind):
+        fail(TypeError, name, f"must be a {kind.__name__}", type(value).__name__, remedy)
+    return value
+
+
+def check_not_empty(name: str, values: Collection[T]) -> Collection[T]:
+    """Return ``values`` if there is at least one."""
+    if not values:
+        fail(ValueError, name, "must not be empty", "none", "Give at least one.")
+    return values
+
+
 def check_flag(name: str, value: object) -> bool:
     """Return ``value`` if it is True or False."""
     if not isinstance(value, bool):

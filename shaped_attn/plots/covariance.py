@@ -121,15 +121,9 @@ def plot_densities(
 
 def _draw_band(axes: Axes, times: np.ndarray, bounds: np.ndarray, series: Series) -> Any:
     low, middle, high = bounds
-    band = axes.fill_between(
-        times, low, high, color=style.color(series.index), alpha=0.2, linewidth=0
-    )
-    look = {
-        "color": style.color(series.index),
-        "linestyle": style.dashes(series.rank),
-        "linewidth": 2,
-    }
-    (line,) = axes.plot(times, middle, label=series.name, **look)
+    color = style.color(series.index)
+    band = axes.fill_between(times, low, high, color=color, alpha=0.2, linewidth=0)
+    (line,) = axes.plot(times, middle, label=series.name, linewidth=2, **series.line)
     return band, line
 
 
@@ -143,12 +137,8 @@ def _draw_whiskers(axes: Axes, times: np.ndarray, bounds: np.ndarray, series: Se
         times[shown],
         middle,
         yerr=(middle - low, high - middle),
-        label=series.name,
-        color=style.color(series.index),
-        fmt=style.marker(series.index),
-        zorder=3,
         capsize=2.5,
-        **style.POINTS,
+        **series.points,
     )
 
 
@@ -161,14 +151,11 @@ def _draw_histogram(
     series: Series,
 ) -> Any:
     places = _place(statistic, edges)
-    axes.stairs(heights, places, color=style.color(series.index), fill=True, alpha=0.2, linewidth=0)
-    look = {
-        "color": style.color(series.index),
-        "linestyle": style.dashes(series.rank),
-        "linewidth": 1.5,
-    }
+    area = {"color": style.color(series.index), "alpha": 0.2, "linewidth": 0}
+    axes.stairs(heights, places, fill=True, **area)
+    look = {**series.line, "linewidth": 1.5}
     axes.stairs(heights, places, label=series.name, **look)
-    return Patch(color=style.color(series.index), alpha=0.2, linewidth=0), Line2D([], [], **look)
+    return Patch(**area), Line2D([], [], **look)
 
 
 def _draw_points(
@@ -182,16 +169,8 @@ def _draw_points(
     # Several networks stand side by side in a bin.
     places = edges[:-1] + np.diff(edges) * (series.rank + 1) / (series.peers + 1)
     shown = heights > 0
-    return axes.errorbar(
-        _place(statistic, places[shown]),
-        heights[shown],
-        yerr=errors[shown],
-        label=series.name,
-        color=style.color(series.index),
-        fmt=style.marker(series.index),
-        zorder=3,
-        **style.POINTS,
-    )
+    places = _place(statistic, places[shown])
+    return axes.errorbar(places, heights[shown], yerr=errors[shown], **series.points)
 
 
 def _on_axis(statistic: str, values: Tensor) -> np.ndarray:
@@ -211,13 +190,9 @@ def _bin_edges(statistic: str, columns: Sequence[np.ndarray]) -> np.ndarray:
     """Return the edges of bins of one width, by the rule of Freedman and Diaconis."""
     columns = [column for column in columns if len(column)]
     if not columns:
-        fail(
-            ValueError,
-            "samples",
-            f"must have a finite {label(statistic, is_math=False)} at the last time",
-            "none",
-            "Look at their stop_times, and at an earlier time with CovarianceSample.at.",
-        )
+        rule = f"must have a finite {label(statistic, is_math=False)} at the last time"
+        remedy = "Look at their stop_times, and at an earlier time with CovarianceSample.at."
+        fail(ValueError, "samples", rule, "none", remedy)
     low = min(np.quantile(column, _TAIL, method="lower") for column in columns)
     high = max(np.quantile(column, 1 - _TAIL, method="higher") for column in columns)
     if high - low < 1e-6 * max(1.0, abs(low)):  # a single point

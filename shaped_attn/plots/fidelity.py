@@ -34,13 +34,9 @@ def plot_centred_error(report: FidelityReport, *, title: str | None = None) -> F
 
     rows = [m for m in report.measurements if (m.quantity, m.regime) == (CENTRED, "plain")]
     if not rows:
-        fail(
-            ValueError,
-            "report",
-            f'must have the {CENTRED} in the regime "plain"',
-            f"{len(report.measurements)} other measurements",
-            "Measure it with fidelity.measure.",
-        )
+        rule = f'must have the {CENTRED} in the regime "plain"'
+        got = f"{len(report.measurements)} other measurements"
+        fail(ValueError, "report", rule, got, "Measure it with fidelity.measure.")
     dtypes = list(dict.fromkeys(m.dtype for m in rows))
     impls = list(dict.fromkeys(m.impl for m in rows))
     figure, panels = style.figure(len(dtypes), title)

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..checks import fail
+from ..checks import check_not_empty
 from . import style
 
 Curve = Sequence[tuple[int, float]]
@@ -33,8 +33,7 @@ def plot_losses(
     Raises:
         ValueError: there is no run.
     """
-    if not validation:
-        fail(ValueError, "validation", "must not be empty", "none", "Give at least one run.")
+    check_not_empty("validation", validation)
     figure, (axes,) = style.figure(1, title)
     handles: dict[str, Any] = {}
     for index, (name, curve) in enumerate(validation.items()):

@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from ..checks import check_choice, check_number, check_numbers, check_positive, check_size, fail
+from ..checks import (
+    check_choice,
+    check_not_empty,
+    check_number,
+    check_numbers,
+    check_positive,
+    check_size,
+    fail,
+)
 from ..sde.sample import LEVELS, CovarianceSample, quantile
 from . import style
 from .samples import DEPTH, Series, array, check_samples, describe, series_of
@@ -61,18 +69,11 @@ def plot_rank_collapse(
     check_samples(samples)
     for name, sample in samples.items():
         if sample.tokens < 2:
-            fail(
-                ValueError,
-                f"samples[{name!r}]",
-                "must have at least two tokens",
-                sample.tokens,
-                "A correlation takes two.",
-            )
+            rule, remedy = "must have at least two tokens", "A correlation takes two."
+            fail(ValueError, f"samples[{name!r}]", rule, sample.tokens, remedy)
     widths = _check_widths(samples, width)
     _check_theory(theory, widths)
-    if not quantities:
-        fail(ValueError, "quantities", "must not be empty", "none", "Give at least one.")
-    for quantity in quantities:
+    for quantity in check_not_empty("quantities", quantities):
         check_choice("quantities", quantity, _LABELS)
     figure, panels = style.figure(len(quantities), title)
     shown = dict(zip(quantities, panels, strict=True))
@@ -85,10 +86,11 @@ def plot_rank_collapse(
             values = _distance(sample) if quantity == "distance" else _size(sample)
             bounds = array(quantile(values, levels)).T
             handles[series.name] = _draw_median(axes, depth, bounds, frozen, series)
-    for index, (name, factor) in enumerate((theory or {}).items()):
-        if "distance" in shown:
-            axes = shown["distance"]
-            handles[name] = _draw_theory(axes, factor, samples, widths, name, index)
+    if "distance" in shown:
+        for index, (name, factor) in enumerate((theory or {}).items()):
+            values = _theory(factor, samples, widths)
+            look = {"color": style.INK, "linestyle": style.dashes(index + 1), "linewidth": 1.1}
+            (handles[name],) = shown["distance"].plot(*values, label=name, zorder=4, **look)
     if any(_frozen_from(sample) is not None for sample in samples.values()):
         handles["half of the paths frozen"] = Line2D([], [], color=style.SOFT, **_FROZEN)
     for quantity, axes in shown.items():
@@ -124,58 +126,29 @@ def _draw_median(
 ) -> Any:
     low, middle, high = bounds
     moving = slice(None if frozen is None else frozen + 1)
+    look = {"color": style.color(series.index)}
     band = axes.fill_between(
-        depth[moving],
-        low[moving],
-        high[moving],
-        color=style.color(series.index),
-        alpha=0.16,
-        linewidth=0,
-    )
-    (line,) = axes.plot(
-        depth[moving],
-        middle[moving],
-        color=style.color(series.index),
-        linestyle=style.dashes(series.index),
-        linewidth=2,
-        label=series.name,
+        depth[moving], low[moving], high[moving], alpha=0.16, linewidth=0, **look
     )
     if frozen is not None:
-        axes.plot(
-            depth[frozen:],
-            middle[frozen:],
-            color=style.color(series.index),
-            markevery=[0],
-            **_FROZEN,
-        )
+        axes.plot(depth[frozen:], middle[frozen:], markevery=[0], **look, **_FROZEN)
+    look |= {"linestyle": style.dashes(series.index), "linewidth": 2}
+    (line,) = axes.plot(depth[moving], middle[moving], label=series.name, **look)
     return band, line
 
 
-def _draw_theory(
-    axes: Axes,
-    factor: float,
-    samples: Mapping[str, CovarianceSample],
-    widths: Mapping[str, int],
-    name: str,
-    index: int,
-) -> Line2D:
+def _theory(
+    factor: float, samples: Mapping[str, CovarianceSample], widths: Mapping[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return layers, and 1 - rho that shrinks by a factor in each, down to the rounding."""
     sample = next(iter(samples.values()))
     start = float(quantile(_distance(sample)[0], (0.5,)))
     last = max(float(samples[n].times[-1]) * widths[n] for n in samples)
     layers = np.linspace(0, last, 400)
     with np.errstate(under="ignore"):
         values = start * np.power(factor, layers)
-    floor = torch.finfo(sample.covariances.dtype).eps
-    (line,) = axes.plot(
-        layers[values >= floor],
-        values[values >= floor],
-        color=style.INK,
-        linewidth=1.1,
-        linestyle=style.dashes(index + 1),
-        label=name,
-        zorder=4,
-    )
-    return line
+    shown = values >= torch.finfo(sample.covariances.dtype).eps
+    return layers[shown], values[shown]
 
 
 def _distance(sample: CovarianceSample) -> Tensor:
@@ -205,13 +178,8 @@ def _check_widths(
     widths = dict(width) if isinstance(width, Mapping) else dict.fromkeys(samples, width)
     for name in samples:
         if name not in widths:
-            fail(
-                ValueError,
-                "width",
-                "must be one number, or have one for each sample",
-                f"none for {name!r}",
-                "Give its width too.",
-            )
+            rule = "must be one number, or have one for each sample"
+            fail(ValueError, "width", rule, f"none for {name!r}", "Give its width too.")
         check_size("width", widths[name])
     return widths
 
@@ -220,10 +188,5 @@ def _check_theory(theory: Mapping[str, float] | None, widths: Mapping[str, int])
     for name, factor in (theory or {}).items():
         check_positive(f"theory[{name!r}]", factor)
     if theory and not widths:
-        fail(
-            ValueError,
-            "width",
-            "must be given with theory, which counts layers",
-            None,
-            "Give the width of the networks.",
-        )
+        rule = "must be given with theory, which counts layers"
+        fail(ValueError, "width", rule, None, "Give the width of the networks.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import check_kind, check_not_empty, fail
 from ..sde.sample import CovarianceSample
+from . import style
 
 DEPTH = "depth / width"
 
@@ -27,6 +28,17 @@ class Series(NamedTuple):
     def is_prediction(self) -> bool:
         """Whether it is of the SDE rather than of networks."""
         return self.sample.source == "sde"
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """How a line looks: told apart from others of its kind without colours too."""
+        return {"color": style.color(self.index), "linestyle": style.dashes(self.rank)}
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """How points with error bars look."""
+        look = {"color": style.color(self.index), "fmt": style.marker(self.index), "zorder": 3}
+        return {"label": self.name, **look, **style.POINTS}
 
 
 def series_of(samples: Mapping[str, CovarianceSample]) -> list[Series]:
@@ -65,35 +77,22 @@ def array(values: Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
 
 
+def check_named(argument: str, values: Mapping, kind: type, makers: str) -> None:
+    """Raise the TypeError or ValueError of what does not map names to at least one of a class."""
+    check_kind(argument, values, Mapping, f'Give for example {{"a name": ...}}. {makers}')
+    for name, value in check_not_empty(argument, values).items():
+        check_kind(f"{argument}[{name!r}]", value, kind, makers)
+
+
 def check_samples(samples: Mapping[str, CovarianceSample]) -> None:
     """Raise the TypeError or ValueError of a figure without samples that have a path."""
-    if not isinstance(samples, Mapping):
-        fail(
-            TypeError,
-            "samples",
-            "must be a mapping from names to samples",
-            type(samples).__name__,
-            'Give for example {"prediction": sample}.',
-        )
-    if not samples:
-        fail(ValueError, "samples", "must not be empty", "none", "Give at least one sample.")
+    makers = "CovarianceSDE.sample and FiniteNetwork.sample return one."
+    check_named("samples", samples, CovarianceSample, makers)
     for name, sample in samples.items():
-        if not isinstance(sample, CovarianceSample):
-            fail(
-                TypeError,
-                f"samples[{name!r}]",
-                "must be a CovarianceSample",
-                type(sample).__name__,
-                "CovarianceSDE.sample and FiniteNetwork.sample return one.",
-            )
         if sample.paths == 0:
-            fail(
-                ValueError,
-                f"samples[{name!r}]",
-                "must have at least one path",
-                "none",
-                "A simulation that was interrupted too early has none; let it run longer.",
-            )
+            rule = "must have at least one path"
+            remedy = "A simulation that was interrupted too early has none; let it run longer."
+            fail(ValueError, f"samples[{name!r}]", rule, "none", remedy)
 
 
 def find(
@@ -102,27 +101,17 @@ def find(
     """Return the statistics, each (K, paths) by the name of its sample."""
     check_samples(samples)
     if isinstance(statistics, str):
-        fail(
-            TypeError,
-            "statistics",
-            "must be a sequence of names",
-            repr(statistics),
-            f"Write ({statistics!r},).",
-        )
-    if not statistics:
-        fail(ValueError, "statistics", "must not be empty", "none", "Give at least one name.")
+        remedy = f"Write ({statistics!r},)."
+        fail(TypeError, "statistics", "must be a sequence of names", repr(statistics), remedy)
+    check_not_empty("statistics", statistics)
     found: dict[str, dict[str, Tensor]] = {statistic: {} for statistic in statistics}
     for name, sample in samples.items():
         known = (sample.at(-1) if last_only else sample).statistics()
         for statistic in statistics:
             if statistic not in known:
                 names = [*list(known)[:6], "..."] if len(known) > 6 else list(known)
-                fail(
-                    ValueError,
-                    "statistics",
-                    f"must be among those of samples[{name!r}], {', '.join(names)}",
-                    repr(statistic),
-                    f"It has {sample.tokens} tokens, counted from 1.",
-                )
+                rule = f"must be among those of samples[{name!r}], {', '.join(names)}"
+                remedy = f"It has {sample.tokens} tokens, counted from 1."
+                fail(ValueError, "statistics", rule, repr(statistic), remedy)
             found[statistic][name] = known[statistic]
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -22,19 +21,11 @@ def plot_speed(report: Report) -> Figure:
     """
     entries = [entry for entry in report.attention if is_main(entry)]
     if not entries:
-        fail(
-            ValueError,
-            "report",
-            "must have entries of the whole formula with fixed gains",
-            f"{len(report.entries)} others",
-            "Run `pytest bench/bench_attention.py`.",
-        )
-    kinds = {kind_of(entry): None for entry in entries}
-    panels = [
-        (which, *kind)
-        for which, kind in itertools.product(PASSES, sorted(kinds))
-        if any((entry["pass"], *kind_of(entry)) == (which, *kind) for entry in entries)
-    ]
+        rule = "must have entries of the whole formula with fixed gains"
+        remedy = "Run `pytest bench/bench_attention.py`."
+        fail(ValueError, "report", rule, f"{len(report.entries)} others", remedy)
+    found = {(entry["pass"], *kind_of(entry)) for entry in entries}
+    panels = sorted(found, key=lambda panel: (PASSES.index(panel[0]), *panel[1:]))
     figure, axes_of = style.figure(len(panels), report.describe(), size=(4.2, 3.2))
     series = [_speeds(entry) for entry in entries]
     names = dict.fromkeys(["shaped_attn", *(name for found in series for name in found)])

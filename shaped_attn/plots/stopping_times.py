@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
-from ..checks import fail
+from ..checks import check_kind
 from ..sde.stopping_map import StoppingTimeMap
 from . import style
 from .samples import DEPTH, array
@@ -34,14 +34,7 @@ def plot_stopping_times(
     Raises:
         TypeError: ``map`` is none.
     """
-    if not isinstance(map, StoppingTimeMap):
-        fail(
-            TypeError,
-            "map",
-            "must be a StoppingTimeMap",
-            type(map).__name__,
-            "stopping_time_map returns one.",
-        )
+    check_kind("map", map, StoppingTimeMap, "stopping_time_map returns one.")
     figure, (axes,) = style.figure(1, title, size=(5.4, 4.2))
     axes.grid(False)
     axes.patch.set(**_MISSING)

@@ -24,7 +24,7 @@ from matplotlib.ticker import (
     NullFormatter,
 )
 
-from ..checks import fail
+from ..checks import check_kind, fail
 from ..destination import when_whole
 
 SUFFIXES = (".pdf", ".png", ".svg")
@@ -171,17 +171,12 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
         ValueError: the suffix is another one.
         OSError: the folder is not there or cannot be written.
     """
-    _check_figure(figure)
+    check_kind("figure", figure, Figure, "The functions plot_... return one.")
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        fail(
-            ValueError,
-            "path",
-            f"must end in one of {', '.join(SUFFIXES)}",
-            repr(str(path)),
-            "The suffix is the file's format.",
-        )
+        rule = f"must end in one of {', '.join(SUFFIXES)}"
+        fail(ValueError, "path", rule, repr(str(path)), "The suffix is the file's format.")
     # Without the date, the same figure gives the same bytes of a PNG or a PDF.
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(suffix)
     buffer = io.BytesIO()
@@ -208,7 +203,7 @@ def svg(figure: Figure, description: str) -> str:
     Raises:
         TypeError: ``figure`` is none.
     """
-    _check_figure(figure)
+    check_kind("figure", figure, Figure, "The functions plot_... return one.")
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", facecolor="none", metadata=nothing)
@@ -239,14 +234,3 @@ def _take_theme(match: re.Match[str]) -> str:
     if opacity is None:
         return match[0]
     return f"{which}: currentColor" + (f"; {which}-opacity: {opacity}" if opacity < 1 else "")
-
-
-def _check_figure(figure: object) -> None:
-    if not isinstance(figure, Figure):
-        fail(
-            TypeError,
-            "figure",
-            "must be a matplotlib Figure",
-            type(figure).__name__,
-            "The functions plot_... return one.",
-        )

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from ..checks import check_int, fail
+from ..checks import check_int, check_not_empty, fail
 from ..sde.token_kernel import Propagation
 from . import style
-from .samples import array
+from .samples import array, check_named
 
 
 def plot_token_kernels(
@@ -71,33 +71,11 @@ def plot_token_kernels(
 
 
 def _check_propagations(propagations: Mapping[str, Propagation], layers: Sequence[int]) -> None:
-    if not isinstance(propagations, Mapping):
-        fail(
-            TypeError,
-            "propagations",
-            "must be a mapping from names to propagations",
-            type(propagations).__name__,
-            'Give for example {"E-SPA": propagation}.',
-        )
-    for name, value in (("propagations", propagations), ("layers", layers)):
-        if not value:
-            fail(ValueError, name, "must not be empty", "none", "Give at least one.")
-    for layer in layers:
+    makers = "shaped_attn.sde.token_kernel.propagate returns one."
+    check_named("propagations", propagations, Propagation, makers)
+    for layer in check_not_empty("layers", layers):
         check_int("layers", layer, low=0)
     for name, propagation in propagations.items():
-        if not isinstance(propagation, Propagation):
-            fail(
-                TypeError,
-                f"propagations[{name!r}]",
-                "must be a Propagation",
-                type(propagation).__name__,
-                "shaped_attn.sde.token_kernel.propagate returns one.",
-            )
         if max(layers) > propagation.layers:
-            fail(
-                ValueError,
-                "layers",
-                f"must be at most {propagation.layers}, the layers of propagations[{name!r}]",
-                max(layers),
-                "Give more priors to propagate.",
-            )
+            rule = f"must be at most {propagation.layers}, the layers of propagations[{name!r}]"
+            fail(ValueError, "layers", rule, max(layers), "Give more priors to propagate.")

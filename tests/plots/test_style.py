@@ -21,7 +21,7 @@ def test_samples_have_to_be_named_samples_with_paths(plot):
     sample = make_sample()
     with pytest.raises(ValueError, match="samples must not be empty"):
         plot({})
-    with pytest.raises(TypeError, match="samples must be a mapping from names"):
+    with pytest.raises(TypeError, match="samples must be a Mapping, got list"):
         plot([sample])
     with pytest.raises(TypeError, match=r"samples\['a'\] must be a CovarianceSample, got Tensor"):
         plot({"a": sample.covariances})
@@ -122,7 +122,7 @@ def test_save_does_not_make_folders(tmp_path):
 
 
 def test_save_wants_a_figure(tmp_path):
-    with pytest.raises(TypeError, match="figure must be a matplotlib Figure, got NoneType"):
+    with pytest.raises(TypeError, match="figure must be a Figure, got NoneType"):
         plots.save(None, tmp_path / "a.png")
 
 
@@ -159,5 +159,5 @@ def test_svg_has_the_colours_of_its_page():
 
 
 def test_svg_wants_a_figure():
-    with pytest.raises(TypeError, match="figure must be a matplotlib Figure, got NoneType"):
+    with pytest.raises(TypeError, match="figure must be a Figure, got NoneType"):
         plots.svg(None, "nothing")

@@ -88,7 +88,7 @@ def test_one_map_can_be_drawn(propagations):
 
 def test_arguments(propagations):
     for arguments, error, message in (
-        (([propagations["E-SPA"]], [1]), TypeError, "propagations must be a mapping from names"),
+        (([propagations["E-SPA"]], [1]), TypeError, "propagations must be a Mapping, got list"),
         (({}, [1]), ValueError, "propagations must not be empty"),
         ((propagations, []), ValueError, "layers must not be empty"),
         ((propagations, [1, -1]), ValueError, "layers must be at least 0"),
