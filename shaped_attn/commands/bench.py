@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..checks import fail
 from ..speed import Entry, Report, is_main, kind_of, load
 from .common import READABLE
 
@@ -77,20 +76,13 @@ def _measure(path: Path, select: str | None) -> int:
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / "bench" / "conftest.py").is_file():
-        fail(
-            ValueError,
-            "the benchmark",
-            "must be run from a clone of the repository, which has it in bench/",
-            f"a package in {root}",
-            "Clone the repository and install it with pip install -e '.[test]'.",
+        raise ValueError(
+            "the benchmark must be run from a clone of the repository, which has it in bench/, got "
+            f"a package in {root}. Clone the repository and install it with pip install -e '.[test]'."
         )
     if importlib.util.find_spec("pytest_benchmark") is None:
-        fail(
-            ValueError,
-            "pytest-benchmark",
-            "must be installed",
-            "no such package",
-            "Install it with pip install -e '.[test]'.",
+        raise ValueError(
+            "pytest-benchmark must be installed. Install it with pip install -e '.[test]'."
         )
     import torch
 

@@ -149,8 +149,6 @@ def _read_covariance(path: Path) -> tuple[tuple[float, ...], ...]:
 def check_files(plot: Path | None, output: Path | None) -> None:
     """Find out now, rather than after minutes, that a result has nowhere to go."""
     for name, path in (("--plot", plot), ("--output", output)):
-        if path is not None and not path.parent.is_dir():
-            raise click.BadParameter(f"there is no folder {path.parent}", param_hint=name)
         if path is not None:
             with usage_errors():
                 check_file(path, name)
