@@ -78,7 +78,7 @@ def _measure(path: Path, select: str | None) -> int:
     if not (root / "bench" / "conftest.py").is_file():
         raise ValueError(
             "the benchmark must be run from a clone of the repository, which has it in bench/, got "
-            f"a package in {root}. Clone the repository and install it with pip install -e '.[test]'."
+            f"a package in {root}. Clone it and install it with pip install -e '.[test]'."
         )
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise ValueError(
