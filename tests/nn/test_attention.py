@@ -4,14 +4,14 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import modules
 import pytest
 import torch
 import torch.nn.functional as F
 from fresh_python import python
-from torch.utils._python_dispatch import TorchDispatchMode
+from modules import count
 
 from shaped_attn.nn import (
-    Projection,
     ShapedAttention,
     ShapingGains,
     anneal_gains,
@@ -90,10 +90,8 @@ def formula(module, x, residual, skip, branch, **options):
 
 
 def assert_equal(actual, expected, *, passes=1):
-    """Up to the rounding of the sums behind one element, times the passes through them."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    sums = 3 * WIDTH + LENGTH  # q or k, v, W_O and the sum over keys
-    assert relative_error(actual, expected) <= passes * sums * rounding_error(actual.dtype)
+    """In that many passes through q or k, v, W_O and the sum over keys."""
+    modules.assert_equal(actual, expected, sums=passes * (3 * WIDTH + LENGTH))
 
 
 def build(device, heads=2, dtype=torch.float64, impl="torch", **options):
@@ -281,28 +279,6 @@ def test_prior_of_an_attention(prior, is_causal, impl, device):
 # Where the residual is mixed in
 
 
-class Operators(TorchDispatchMode):
-    """Counts the arithmetic of what runs inside."""
-
-    NAMES = ("mm", "addmm", "bmm", "baddbmm", "add", "mul")
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in self.NAMES:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count(call):
-    with Operators() as operators, torch.no_grad():
-        call()
-    return operators.counts
-
-
 @pytest.mark.parametrize("out_proj", ["gaussian", "orthogonal"])
 def test_output_projection_takes_the_residual_in_its_epilogue(out_proj, device):
     module = build(device, out_proj=out_proj)
@@ -422,13 +398,9 @@ def test_learned_gains_are_parameters_per_head(learned, device):
     assert ("softmax_gain" in dict(module.gains.named_buffers())) == ("softmax_gain" not in learned)
 
 
-def test_learned_gains_default_to_identity_and_center(device):
-    module = build(device, gain_scheme="learn")
-    assert set(dict(module.gains.named_parameters())) == {"identity_gain", "center_gain"}
-
-
 def test_training_moves_the_learned_gains_alone(device):
     module = build(device, gain_scheme="learn")
+    assert set(dict(module.gains.named_parameters())) == {"identity_gain", "center_gain"}
     x, residual = stream(device)
     optimizer = torch.optim.SGD(module.gains.parameters(), lr=0.1)
     module(x, residual).square().sum().backward()
@@ -550,31 +522,6 @@ def test_attention_matrix_of_many_tokens_is_what_multiplies_the_values(device):
     sums = 2 * WIDTH + 2 * length
     error = relative_error(found[:, 0] @ module.value(x), out)
     assert error <= sums * rounding_error(torch.float64)
-
-
-# Stacks of networks
-
-
-@pytest.mark.parametrize("out_proj", ["none", "gaussian", "orthogonal"])
-def test_a_stack_equals_its_networks_one_by_one(out_proj, device):
-    singles = [
-        build(device, 2, kv_heads=1, out_proj=out_proj, is_causal=True) for _ in range(BATCH)
-    ]
-    stack = build(device, 2, kv_heads=1, out_proj=out_proj, is_causal=True)
-    for name, part in stack.named_modules():
-        if isinstance(part, Projection):
-            weights = [single.get_submodule(name).weight for single in singles]
-            part.weight = torch.nn.Parameter(torch.stack(weights))
-    x, residual = stream(device)
-    gains = {"skip_gain": SKIP, "branch_gain": BRANCH}
-    out = stack(x, residual, **gains)
-    maps = stack.attention_matrix(x)
-    for i, single in enumerate(singles):
-        one = slice(i, i + 1)
-        assert_equal(out[one], single(x[one], residual[one], **gains))
-        assert_equal(maps[one], single.attention_matrix(x[one]))
-    if out_proj != "none":
-        assert count(lambda: stack(x, residual, **gains))["baddbmm"] == 1
 
 
 # The fused kernels

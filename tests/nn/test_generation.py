@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from modules import MODELS
 from safetensors.torch import load_file, save_file
 
 from shaped_attn.nn import (
@@ -308,14 +309,7 @@ def test_pad_left():
 # Saving and loading
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        *({"method": method} for method in METHODS),
-        {"positions": "learned", "gain_scheme": "learn", "softmax_gain": (0.5, 1.5)},
-        {"gain_scheme": "recover", "tie_embeddings": True, "trainable_slopes": True},
-    ],
-)
+@pytest.mark.parametrize("options", MODELS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_saved_model_is_the_same_bit_for_bit(options, dtype, tmp_path):
     model = build(dtype=dtype, **options)

@@ -1,46 +1,20 @@
 """`Projection`, the shaped ReLU and `ShapedMLP`, against their formulas in float64."""
 
 import math
-from collections import Counter
+from functools import partial
 
+import modules
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from modules import count, double
 
 from shaped_attn.nn import MLP, Projection, ShapedMLP, gaussian, orthogonal, shaped_relu
-from shaped_attn.testing import relative_error, rounding_error
 
 WIDTH = 12
 SKIP, BRANCH = 0.8, 0.6
 
 
-def assert_equal(actual, expected, *, sums=2 * WIDTH):
-    """Up to the rounding of the sums of that many terms behind one element."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    assert relative_error(actual, expected) <= sums * rounding_error(actual.dtype)
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators of what runs inside, views left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and "view" not in func.name():
-            self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count(call):
-    with Operators() as operators, torch.no_grad():
-        call()
-    return dict(operators.counts)
-
-
-def double(device, *shape):
-    return torch.randn(shape, dtype=torch.float64).to(device)
+assert_equal = partial(modules.assert_equal, sums=2 * WIDTH)
 
 
 # Projection
@@ -271,20 +245,6 @@ def test_output_scale_keeps_the_mean_square(device):
         mlp = ShapedMLP(16, c_plus=c_plus, c_minus=c_minus).to(device)
         square = (mlp.output_scale() * shaped_relu(g, *mlp.slopes())).square()
         assert (square.mean() - 1).abs() <= 4 * square.std() / math.sqrt(g.numel())
-
-
-def test_a_stack_equals_its_networks_one_by_one(device):
-    singles = [ShapedMLP(WIDTH, 2, dtype=torch.float64).to(device) for _ in range(3)]
-    stack = ShapedMLP(WIDTH, 2, dtype=torch.float64).to(device)
-    for name in ("pre", "post"):
-        weights = [getattr(single, name).weight for single in singles]
-        getattr(stack, name).weight = torch.nn.Parameter(torch.stack(weights))
-    x, residual = double(device, 2, 3, 5, WIDTH)
-    out = stack(x, residual, skip_gain=SKIP, branch_gain=BRANCH)
-    for i, single in enumerate(singles):
-        expected = single(x[i], residual[i], skip_gain=SKIP, branch_gain=BRANCH)
-        assert_equal(out[i], expected, sums=3 * WIDTH)
-        assert_equal(stack.hidden(x)[i], single.hidden(x[i]))
 
 
 @pytest.mark.parametrize("trainable_slopes", [False, True])
