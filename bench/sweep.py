@@ -23,17 +23,15 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, fields, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -54,6 +52,7 @@ from shaped_attn.testing import (
     make_inputs,
     poison_empty,
 )
+from shaped_attn.watchdog import HangError, Job, JobError, Worker
 
 
 def grid(tiles: list[tuple[int, ...]], *options: dict[str, Any]) -> list[TileConfig]:
@@ -161,7 +160,7 @@ TOKENS, WIDTH = 16384, 2048
 
 MOST_SPILLS = 1024  # bytes a thread, past which a candidate is not worth its time
 RISE = 200.0  # of logits: weights overflow float32 if the maximum of a row stays
-START_LIMIT, JOB_LIMIT = 60, 45  # seconds to start a process, to compile and check a candidate
+JOB_LIMIT = 45  # seconds to compile and check a candidate
 CHECK_SHARE = 0.6  # of the limit, for compiling and checking
 RESERVE = 20  # seconds to start the process that times, and to report
 ROUNDS = 6
@@ -392,20 +391,12 @@ def in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def serve(connection: Connection) -> None:
-    """Do what comes in, a function with its arguments; send what it returns or why it fails."""
-    os.setsid()  # so that its compilers are ended with it
-    silence = os.open(os.devnull, os.O_WRONLY)
-    for printed in (1, 2):
-        os.dup2(silence, printed)
-    connection.send("ready")
-    while True:
-        function, arguments = connection.recv()
-        try:
-            answer = function(**arguments)
-        except Exception as error:
-            answer = {"reason": in_words(error)}
-        connection.send(answer)
+def attempt(function: Callable[..., dict], arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a function returns, or why it fails."""
+    try:
+        return function(**arguments)
+    except Exception as error:
+        return {"reason": in_words(error)}
 
 
 def run_jobs(jobs: list[tuple], processes: int, job_limit: float, limit: float) -> list[dict]:
@@ -415,42 +406,31 @@ def run_jobs(jobs: list[tuple], processes: int, job_limit: float, limit: float) 
     """
     deadline = time.monotonic() + limit
     answers = [{"reason": "not reached before the limit"} for _ in jobs]
-    waiting, context = collections.deque(enumerate(jobs)), multiprocessing.get_context("spawn")
-
-    def end(process: multiprocessing.Process) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.join()
+    waiting = collections.deque(enumerate(jobs))
 
     def work() -> None:
-        process = None
-        while time.monotonic() < deadline:
+        worker = None
+        while (left := deadline - time.monotonic()) > 0:
             try:
-                index, job = waiting.popleft()
+                index, (function, arguments) = waiting.popleft()
             except IndexError:  # all are done
                 break
+            job = Job("", attempt, {"function": function, "arguments": arguments})
             try:
-                if process is None:
-                    connection, other = context.Pipe()
-                    process = context.Process(target=serve, args=(other,), daemon=True)
-                    process.start()
-                    other.close()
-                    if connection.poll(min(START_LIMIT, max(0, deadline - time.monotonic()))):
-                        connection.recv()
-                connection.send(job)
-                seconds = min(job_limit, max(0, deadline - time.monotonic()))
-                is_late = not connection.poll(seconds)
-                late = {"reason": f"no answer in {seconds:.0f} s"}
-                answers[index] = late if is_late else connection.recv()
-            except (EOFError, OSError):
-                process.join(5)
-                answers[index] = {"reason": f"its process ended with {process.exitcode}"}
+                if worker is None:
+                    worker = Worker(left, stderr=subprocess.DEVNULL)
+                    worker.receive()  # it has started
+                worker.send(job, min(job_limit, max(0, deadline - time.monotonic())))
+                answers[index] = worker.receive()
+            except HangError as error:
+                answers[index] = {"reason": f"no answer in {error.seconds:.0f} s"}
+            except JobError as error:
+                answers[index] = {"reason": str(error).removeprefix(": ")}
             if "reason" in answers[index]:
-                end(process)
-                process = None
-        if process is not None:
-            end(process)
+                worker.end()
+                worker = None
+        if worker is not None:
+            worker.end()
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(processes)]
     for thread in threads:
@@ -695,4 +675,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import sweep  # under this name workers find its functions
+
+    sys.exit(sweep.main())

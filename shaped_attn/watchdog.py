@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -67,8 +68,11 @@ def run(jobs: Sequence[Job], *, processes: int, limit: float) -> Iterator[Any]:
     """
     answers: dict[int, Any] = {}
     waiting = list(range(len(jobs)))[::-1]
-    workers = [_Worker() for _ in range(min(processes, len(jobs)))]
+    # The index of the job that each is at; -1 is its start, and None that it is idle.
+    workers: dict[Worker, int | None] = {}
     try:
+        for _ in range(min(processes, len(jobs))):
+            workers[Worker()] = -1
         for index in range(len(jobs)):
             while index not in answers:
                 _collect(workers, jobs, waiting, answers, limit)
@@ -79,20 +83,18 @@ def run(jobs: Sequence[Job], *, processes: int, limit: float) -> Iterator[Any]:
 
 
 def _collect(
-    workers: Sequence[_Worker],
+    workers: dict[Worker, int | None],
     jobs: Sequence[Job],
     waiting: list[int],
     answers: dict[int, Any],
     limit: float,
 ) -> None:
     """Give idle workers jobs and wait for an answer or the first limit."""
-    for worker in workers:
-        if worker.index is None and waiting:
-            index = waiting.pop()
-            worker.expect(index, jobs[index].name, limit)
-            with contextlib.suppress(OSError):  # that its process ended shows in the answer
-                worker.connection.send(tuple(jobs[index]))
-    busy = {worker.connection: worker for worker in workers if worker.index is not None}
+    for worker, index in workers.items():
+        if index is None and waiting:
+            workers[worker] = waiting.pop()
+            worker.send(jobs[workers[worker]], limit)
+    busy = {worker.connection: worker for worker, index in workers.items() if index is not None}
     first = min(busy.values(), key=lambda worker: worker.deadline)
     ready = wait(busy, max(0.0, first.deadline - time.monotonic()))
     if not ready:
@@ -100,24 +102,21 @@ def _collect(
         raise HangError(first.name, beside, first.limit)
     for connection in ready:
         worker = busy[connection]
-        try:
-            is_done, answer = connection.recv()
-        except (EOFError, OSError):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(_END_SECONDS)
-            status = worker.end()
-            raise JobError(f"{worker.name}: its process ended with {status}") from None
-        if not is_done:
-            raise JobError(f"{worker.name}: {answer}")
-        if worker.index >= 0:
-            answers[worker.index] = answer
-        worker.index = None
+        answers[workers[worker]] = worker.receive()
+        workers[worker] = None
 
 
-class _Worker:
-    """A process of Python that makes the calls it is sent, one at a time."""
+class Worker:
+    """A process of Python that makes the calls it is sent, one at a time.
 
-    def __init__(self) -> None:
+    Its first answer, to nothing that was sent, says that it has started.
+
+    Args:
+        limit: seconds to start, if less than the usual ones.
+        options: of `subprocess.Popen`.
+    """
+
+    def __init__(self, limit: float = math.inf, **options: Any) -> None:
         self.connection, other = Pipe()
         start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; "
         # Not of multiprocessing, which waits at exit for a process that cannot be killed.
@@ -127,14 +126,38 @@ class _Worker:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # so that its compilers are ended with it
+            **options,
         )
         other.close()
-        self.expect(-1, "the start of a process", _START_SECONDS)
+        self._expect("the start of a process", min(limit, _START_SECONDS))
 
-    def expect(self, index: int, name: str, limit: float) -> None:
-        """Note the job that the process is at; -1 is its start, and None that it is idle."""
-        self.index: int | None = index
+    def _expect(self, name: str, limit: float) -> None:
         self.name, self.limit, self.deadline = name, limit, time.monotonic() + limit
+
+    def send(self, job: Job, limit: float) -> None:
+        """Let it make a call; the limit is in seconds."""
+        self._expect(job.name, limit)
+        with contextlib.suppress(OSError):  # that its process ended shows in the answer
+            self.connection.send(tuple(job))
+
+    def receive(self) -> Any:
+        """Wait for the answer to what was sent.
+
+        Raises:
+            HangError: there is none within the limit. The process goes on.
+            JobError: the call raises, or the process ends.
+        """
+        if not self.connection.poll(max(0.0, self.deadline - time.monotonic())):
+            raise HangError(self.name, (), self.limit)
+        try:
+            is_done, answer = self.connection.recv()
+        except (EOFError, OSError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_END_SECONDS)
+            raise JobError(f"{self.name}: its process ended with {self.end()}") from None
+        if not is_done:
+            raise JobError(f"{self.name}: {answer}")
+        return answer
 
     def end(self) -> int | None:
         """Kill the process; return its status, None if it does not end."""
