@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_calls import GAINS, assert_right
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,7 +14,6 @@ from shaped_attn import composite, shaped_attention
 from shaped_attn.testing import (
     Case,
     assert_within_budget,
-    assert_within_spread,
     eager_attention,
     forward_backward,
     make_inputs,
@@ -23,15 +23,7 @@ from shaped_attn.testing import (
     rounding_spread,
 )
 
-GAIN_NAMES = (
-    "identity_gain",
-    "softmax_gain",
-    "center_gain",
-    "skip_gain",
-    "branch_gain",
-    "scale",
-)
-FIXED = dict(zip(GAIN_NAMES, (0.7, 1.1, 0.9, 0.5, 0.3, 0.4), strict=True))
+FIXED = dict(zip(GAINS, (0.7, 1.1, 0.9, 0.5, 0.3, 0.4), strict=True))
 
 
 def run(device, impl, case, gains="head", *, return_lse=True, logit_std=1.0, **overrides):
@@ -90,21 +82,8 @@ def test_composite_equals_reference(is_causal, padding, mask, gains, device):
     for (heads, kv_heads, queries, keys, head_dim, value_dim), q_offset in itertools.product(
         SIZES, (None, 0, 3, -2)
     ):
-        case = Case(
-            2,
-            heads,
-            kv_heads,
-            queries,
-            keys,
-            head_dim,
-            value_dim,
-            torch.float64,
-            is_causal,
-            q_offset,
-            padding,
-            mask,
-            torch.float64,
-        )
+        sizes = (2, heads, kv_heads, queries, keys, head_dim, value_dim, torch.float64)
+        case = Case(*sizes, is_causal, q_offset, padding, mask, torch.float64)
         assert_equal_to_reference(device, case, gains)
 
 
@@ -115,21 +94,8 @@ def test_composite_equals_reference_over_many_chunks(monkeypatch, is_causal, pad
     """Chunks of 16 rows, the last one partial; offsets before, among and behind the keys."""
     monkeypatch.setattr(composite, "CHUNK_ROWS", 16)
     for keys, q_offset in ((70, 0), (90, None), (40, 0), (50, -20), (50, 60)):
-        case = Case(
-            2,
-            2,
-            1,
-            70,
-            keys,
-            4,
-            6,
-            torch.float64,
-            is_causal,
-            q_offset,
-            padding,
-            mask,
-            torch.float64,
-        )
+        sizes = (2, 2, 1, 70, keys, 4, 6, torch.float64)
+        case = Case(*sizes, is_causal, q_offset, padding, mask, torch.float64)
         assert_equal_to_reference(device, case, "head")
         assert_equal_to_reference(device, case, "float", return_lse=False)
 
@@ -349,26 +315,12 @@ def test_composite_gradients_within_budget(is_causal, logit_std, dtype, device):
     golden, spread = rounding_spread(
         lambda: forward_backward(shaped_attention, doubles, d_out, **options), dtype
     )
-    eager = forward_backward(
-        eager_attention,
-        inputs | {n: g.to(dtype) for n, g in gains.items()},
-        d_out,
-        is_causal=is_causal,
-    )
-    actual = forward_backward(
-        shaped_attention, inputs | gains, d_out, is_causal=is_causal, impl="torch"
-    )
-    for name in golden:
-        if name.removeprefix("grad ") in gains:
-            assert_within_spread(actual[name], golden[name], spread[name], name=name)
-            continue
-        assert_within_budget(
-            actual[name],
-            golden[name],
-            eager[name],
-            factor=1 if name == "out" else 2,
-            name=name,
-        )
+    narrow = inputs | {name: gain.to(dtype) for name, gain in gains.items()}
+    eager = forward_backward(eager_attention, narrow, d_out, is_causal=is_causal)
+    options["impl"] = "torch"
+    actual = forward_backward(shaped_attention, inputs | gains, d_out, **options)
+    assert_right(actual, golden, eager, spread)
+    assert_within_budget(actual["out"], golden["out"], eager["out"], factor=1, name="out")
 
 
 class Memory(TorchDispatchMode):

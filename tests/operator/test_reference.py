@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from shaped_attn import shaped_attention
 from shaped_attn.testing import Case, eager_attention, make_inputs, make_options
@@ -207,25 +206,6 @@ def test_reference_prior_is_the_attention_matrix_at_zero_logits(device):
         0 * q, k, v, identity_gain=0.0, center_gain=0.0, prior=log_prior, impl="reference"
     )
     torch.testing.assert_close(out, log_prior.exp() @ v, rtol=1e-13, atol=1e-12)
-
-
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_reference_softmax_alone_is_sdpa(is_causal, device):
-    q, k, v, _ = make_inputs(
-        Case(heads=4, kv_heads=2, queries=17, dtype=torch.float64), device=device
-    )
-    out = shaped_attention(
-        q,
-        k,
-        v,
-        identity_gain=0.0,
-        center_gain=0.0,
-        scale=32**-0.5,
-        is_causal=is_causal,
-        impl="reference",
-    )
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_reference_default_scale_is_one_over_sqrt_of_width_and_head_dim(device):

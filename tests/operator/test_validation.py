@@ -45,375 +45,195 @@ def to_meta(x):
     return x.to("meta")
 
 
-# changes of valid arguments, the exception, and parts of its message in their order:
-# argument ... rule ... value ... remedy
-ERRORS = {
-    "q_none": ({"q": None}, TypeError, "q ... must be a torch.Tensor ... got NoneType ... Pass"),
-    "k_list": ({"k": [1.0]}, TypeError, "k ... must be a torch.Tensor ... got list ... Pass"),
-    "residual_float": (
-        {"residual": 1.0},
-        TypeError,
-        "residual ... must be a torch.Tensor ... got float ... Pass",
-    ),
-    "v_sparse": (
-        {"v": lambda x: x.to_sparse()},
-        TypeError,
-        "v ... must be a dense ... got torch.sparse_coo ... key_start",
-    ),
-    "q_int": ({"q": torch.int64}, TypeError, "q ... float16 ... got torch.int64 ... q.to("),
-    "v_complex": (
-        {"v": torch.complex64},
-        TypeError,
-        "v ... must be float16 ... got torch.complex64 ... v.to(",
-    ),
-    "q_float8": (
-        {"q": torch.float8_e4m3fn},
-        TypeError,
-        "q ... must be float16 ... got torch.float8_e4m3fn ... q.to(",
-    ),
-    "q_rank": (
-        {"q": (4, 6, 16)},
-        ValueError,
-        "q ... the 4 dimensions (B, H, T, D) ... got shape (4, 6, 16) ... Add",
-    ),
-    "v_rank": (
-        {"v": (2, 2, 6, 24, 1)},
-        ValueError,
-        "v ... (B, Hkv, S, Dv) ... got shape (2, 2, 6, 24, 1) ... merge",
-    ),
-    "q_no_heads": (
-        {"q": (2, 0, 6, 16)},
-        ValueError,
-        "q ... at least one head ... got shape (2, 0, 6, 16) ... may be 0",
-    ),
-    "k_no_heads": (
-        {"k": (2, 0, 6, 16)},
-        ValueError,
-        "k ... at least one head ... got shape (2, 0, 6, 16) ... may be 0",
-    ),
-    "q_no_channels": (
-        {"q": (2, 4, 6, 0)},
-        ValueError,
-        "q ... at least one channel (D) ... got shape (2, 4, 6, 0) ... may be 0",
-    ),
-    "v_no_channels": (
-        {"v": (2, 2, 6, 0)},
-        ValueError,
-        "v ... at least one channel (Dv) ... got shape (2, 2, 6, 0) ... may be 0",
-    ),
-    "batch": (
-        {"k": (1, 2, 6, 16)},
-        ValueError,
-        "k and v ... the batch size of q, 2 ... got shapes (1, 2, 6, 16) and (2, 2, 6, 24) ... "
-        "Expand",
-    ),
-    "v_keys": (
-        {"v": (2, 2, 7, 24)},
-        ValueError,
-        "v ... heads and keys of k, (B, 2, 6, Dv) ... got shape (2, 2, 7, 24) ... one value",
-    ),
-    "v_heads": (
-        {"v": (2, 4, 6, 24)},
-        ValueError,
-        "v ... heads and keys of k, (B, 2, 6, Dv) ... got shape (2, 4, 6, 24) ... one value",
-    ),
-    "k_head_dim": (
-        {"k": (2, 2, 6, 24)},
-        ValueError,
-        "k ... the head dimension of q, 16 ... got shape (2, 2, 6, 24) ... Project",
-    ),
-    "kv_heads": (
-        {"k": (2, 3, 6, 16), "v": (2, 3, 6, 24)},
-        ValueError,
-        "k ... divides that of q, 4 ... got 3 heads ... divisor",
-    ),
-    "more_kv_heads": (
-        {"k": (2, 8, 6, 16), "v": (2, 8, 6, 24)},
-        ValueError,
-        "k ... divides that of q, 4 ... got 8 heads ... divisor",
-    ),
-    "k_dtype": (
-        {"k": torch.bfloat16},
-        TypeError,
-        "k ... the dtype of q, torch.float32 ... got torch.bfloat16 ... k.to(q.dtype)",
-    ),
-    "v_dtype": (
-        {"v": torch.float64},
-        TypeError,
-        "v ... the dtype of q, torch.float32 ... got torch.float64 ... v.to(q.dtype)",
-    ),
-    "v_device": (
-        {"v": to_meta},
-        ValueError,
-        "v ... the device of q, DEVICE ... got meta ... v.to(q.device)",
-    ),
-    "residual_device": (
-        {"residual": to_meta},
-        ValueError,
-        "residual ... the device of q, DEVICE ... got meta ... residual.to(q.device)",
-    ),
-    "residual_shape": (
-        {"residual": (2, 4, 6, 16)},
-        ValueError,
-        "residual ... the shape of the output, (2, 4, 6, 24) ... got shape (2, 4, 6, 16) ... "
-        "(B, H, T, Dv)",
-    ),
-    "residual_narrow": (
-        {"residual": torch.bfloat16},
-        TypeError,
-        "residual ... the dtype of q, torch.float32 ... got torch.bfloat16 ... residual.float()",
-    ),
-    "gain_bool": (
-        {"identity_gain": True},
-        TypeError,
-        "identity_gain ... a number or a Tensor ... got True ... Pass a float",
-    ),
-    "gain_str": (
-        {"softmax_gain": "1"},
-        TypeError,
-        "softmax_gain ... a number or a Tensor ... got '1' ... Pass a float",
-    ),
-    "gain_none": (
-        {"center_gain": None},
-        TypeError,
-        "center_gain ... a number or a Tensor ... got None ... Pass a float",
-    ),
-    "gain_complex": (
-        {"center_gain": 1j},
-        TypeError,
-        "center_gain ... a number or a Tensor ... got 1j ... Pass a float",
-    ),
-    "gain_nan": (
-        {"branch_gain": float("nan")},
-        ValueError,
-        "branch_gain ... must be finite ... got nan ... finite",
-    ),
-    "gain_inf": (
-        {"skip_gain": -float("inf")},
-        ValueError,
-        "skip_gain ... must be finite ... got -inf ... finite",
-    ),
-    "scale_inf": (
-        {"scale": float("inf")},
-        ValueError,
-        "scale ... must be finite ... got inf ... finite",
-    ),
-    "scale_str": (
-        {"scale": "auto"},
-        TypeError,
-        "scale ... a number or a Tensor ... got 'auto' ... Pass a float",
-    ),
-    "gain_int_tensor": (
-        {"softmax_gain": torch.ones((), dtype=torch.int64)},
-        TypeError,
-        "softmax_gain ... a floating dtype ... got torch.int64 ... softmax_gain.float()",
-    ),
-    "gain_shape": (
-        {"softmax_gain": torch.ones(2)},
-        ValueError,
-        "softmax_gain ... shape () or (H,) = (4,) ... got shape (2,) ... per query head",
-    ),
-    "gain_rank": (
-        {"scale": torch.ones(4, 1)},
-        ValueError,
-        "scale ... shape () or (H,) = (4,) ... got shape (4, 1) ... per query head",
-    ),
-    "gain_device": (
-        {"center_gain": torch.ones((), device="meta")},
-        ValueError,
-        "center_gain ... the device of q, DEVICE ... got meta ... center_gain.to(q.device)",
-    ),
-    "skip_without_residual": (
-        {"residual": None, "skip_gain": 0.5},
-        ValueError,
-        "skip_gain ... acts on residual, which is None ... got 0.5 ... Pass residual",
-    ),
-    "skip_tensor_without_residual": (
-        {"residual": None, "skip_gain": torch.ones(4)},
-        ValueError,
-        "skip_gain ... acts on residual, which is None ... got a Tensor of shape (4,) ... "
-        "Pass residual",
-    ),
-    "is_causal_tensor": (
-        {"is_causal": torch.ones(6, 6).tril()},
-        TypeError,
-        "is_causal ... must be True or False ... got a Tensor of shape (6, 6) ... bool",
-    ),
-    "is_causal_int": (
-        {"is_causal": 1},
-        TypeError,
-        "is_causal ... must be True or False ... got 1 ... bool",
-    ),
-    "return_lse_none": (
-        {"return_lse": None},
-        TypeError,
-        "return_lse ... must be True or False ... got None ... bool",
-    ),
-    "deterministic_int": (
-        {"deterministic": 0},
-        TypeError,
-        "deterministic ... must be True or False ... got 0 ... bool",
-    ),
-    "q_offset_bool": (
-        {"q_offset": False},
-        TypeError,
-        "q_offset ... must be an int or None ... got False ... S - T",
-    ),
-    "q_offset_float": (
-        {"q_offset": 1.0},
-        TypeError,
-        "q_offset ... must be an int or None ... got 1.0 ... S - T",
-    ),
-    "q_offset_tensor": (
-        {"q_offset": torch.tensor(1)},
-        TypeError,
-        "q_offset ... must be an int or None ... got a Tensor of shape () ... S - T",
-    ),
-    "identity_before": (
-        {"q_offset": -1},
-        ValueError,
-        "identity_gain ... 0 <= q_offset + i < S = 6 for i < T = 6 ... "
-        "got 1.0 with queries at -1 to 4 ... identity_gain=0.0",
-    ),
-    "identity_after": (
-        {"q_offset": 1, "identity_gain": torch.zeros(4)},
-        ValueError,
-        "identity_gain ... 0 <= q_offset + i < S = 6 for i < T = 6 ... "
-        "got a Tensor of shape (4,) with queries at 1 to 6 ... identity_gain=0.0",
-    ),
-    "identity_short": (
-        {"k": (2, 2, 5, 16), "v": (2, 2, 5, 24)},
-        ValueError,
-        "identity_gain ... 0 <= q_offset + i < S = 5 for i < T = 6 ... queries at -1 to 4 ... "
-        "between 0 and S - T",
-    ),
-    "identity_no_keys": (
-        {"k": (2, 2, 0, 16), "v": (2, 2, 0, 24)},
-        ValueError,
-        "identity_gain ... S = 0 ... queries at -6 to -1 ... identity_gain=0.0",
-    ),
-    "key_start_int": (
-        {"key_start": 3},
-        TypeError,
-        "key_start ... Tensor of shape (B,) or None ... got 3 ... torch.tensor(",
-    ),
-    "key_end_float": (
-        {"key_end": torch.ones(2)},
-        TypeError,
-        "key_end ... an integer dtype ... got torch.float32 ... key_end.to(",
-    ),
-    "key_end_bool": (
-        {"key_end": torch.ones(2, dtype=torch.bool)},
-        TypeError,
-        "key_end ... an integer dtype ... got torch.bool ... attn_mask",
-    ),
-    "key_start_shape": (
-        {"key_start": torch.zeros(2, 1, dtype=torch.int64)},
-        ValueError,
-        "key_start ... shape (B,) = (2,) ... got shape (2, 1) ... per batch entry",
-    ),
-    "key_end_batch": (
-        {"key_end": torch.ones(1, dtype=torch.int32)},
-        ValueError,
-        "key_end ... shape (B,) = (2,) ... got shape (1,) ... per batch entry",
-    ),
-    "key_start_device": (
-        {"key_start": torch.zeros(2, dtype=torch.int32, device="meta")},
-        ValueError,
-        "key_start ... the device of q, DEVICE ... got meta ... key_start.to(q.device)",
-    ),
-    "mask_list": (
-        {"attn_mask": [True]},
-        TypeError,
-        "attn_mask ... a bool Tensor or None ... got list ... True where",
-    ),
-    "mask_float": (
-        {"attn_mask": torch.zeros(6, 6)},
-        TypeError,
-        "attn_mask ... dtype torch.bool ... got torch.float32 ... mask of 0 and 1 ... "
-        "attn_mask.bool() ... nothing but 0 and -inf ... attn_mask == 0 ... additive bias ... "
-        "prior=b - b.logsumexp(-1, keepdim=True) ... the centre has the weights softmax(b)",
-    ),
-    "mask_shape": (
-        {"attn_mask": torch.ones(2, 6, dtype=torch.bool)},
-        ValueError,
-        "attn_mask ... broadcast to (B, H, T, S) = (2, 4, 6, 6) ... got shape (2, 6) ... "
-        "mask[:, None, None, :]",
-    ),
-    "mask_kv_heads": (
-        {"attn_mask": torch.ones(2, 2, 6, 6, dtype=torch.bool)},
-        ValueError,
-        "attn_mask ... broadcast to (B, H, T, S) = (2, 4, 6, 6) ... got shape (2, 2, 6, 6) ... "
-        "size 1",
-    ),
-    "mask_rank": (
-        {"attn_mask": torch.ones(1, 2, 4, 6, 6, dtype=torch.bool)},
-        ValueError,
-        "attn_mask ... broadcast to (B, H, T, S) ... got shape (1, 2, 4, 6, 6) ... size 1",
-    ),
-    "mask_device": (
-        {"attn_mask": torch.ones(6, dtype=torch.bool, device="meta")},
-        ValueError,
-        "attn_mask ... the device of q, DEVICE ... got meta ... attn_mask.to(q.device)",
-    ),
-    "prior_type": (
-        {"prior": "espa"},
-        TypeError,
-        "prior ... None (uniform), an ESPA, a USPA or a Tensor ... got str ... Leave it out",
-    ),
-    "prior_dtype": (
-        {"prior": torch.ones(6, 6, dtype=torch.bool), "impl": "reference"},
-        TypeError,
-        "prior ... a floating dtype ... got torch.bool ... logarithm",
-    ),
-    "prior_shape": (
-        {"prior": torch.zeros(2, 6, 6), "impl": "reference"},
-        ValueError,
-        "prior ... broadcast to (H, T, S) = (4, 6, 6) ... got shape (2, 6, 6) ... (T, S)",
-    ),
-    "prior_rank": (
-        {"prior": torch.zeros(1, 4, 6, 6), "impl": "reference"},
-        ValueError,
-        "prior ... broadcast to (H, T, S) = (4, 6, 6) ... got shape (1, 4, 6, 6) ... (T, S)",
-    ),
-    "prior_device": (
-        {"prior": torch.zeros(6, 6, device="meta"), "impl": "reference"},
-        ValueError,
-        "prior ... the device of q, DEVICE ... got meta ... prior.to(q.device)",
-    ),
-    "impl_type": (
-        {"impl": None},
-        ValueError,
-        "impl ... one of 'auto', 'triton', 'torch', 'reference' ... got None ... Choose",
-    ),
-    "impl_name": (
-        {"impl": "flash"},
-        ValueError,
-        "impl ... one of 'auto', 'triton', 'torch', 'reference' ... got 'flash' ... Choose",
-    ),
-    "triton_float64": (
-        {"q": torch.float64, "k": torch.float64, "v": torch.float64, "residual": None}
-        | {"impl": "triton"},
-        TypeError,
-        "q ... float16, bfloat16 or float32 for impl='triton' ... got torch.float64 ... "
-        "impl='torch'",
-    ),
-    "triton_head_dim": (
-        {"q": (2, 4, 6, 257), "k": (2, 2, 6, 257), "impl": "triton"},
-        ValueError,
-        "q ... head dimension D of at most 256 ... got D = 257 ... impl='torch'",
-    ),
-    "triton_value_dim": (
-        {"v": (2, 2, 6, 264), "residual": None, "impl": "triton"},
-        ValueError,
-        "v ... head dimension Dv of at most 256 ... got Dv = 264 ... impl='torch'",
-    ),
+# Parts of the message in their order, argument ... rule ... value ... remedy, and the changes of
+# valid arguments that are an error.
+TYPE_ERRORS = {
+    "q ... must be a torch.Tensor ... got NoneType ... Pass": {"q": None},
+    "k ... must be a torch.Tensor ... got list ... Pass": {"k": [1.0]},
+    "residual ... must be a torch.Tensor ... got float ... Pass": {"residual": 1.0},
+    "v ... must be a dense ... got torch.sparse_coo ... key_start": {"v": lambda x: x.to_sparse()},
+    "q ... float16 ... got torch.int64 ... q.to(": {"q": torch.int64},
+    "v ... must be float16 ... got torch.complex64 ... v.to(": {"v": torch.complex64},
+    "q ... must be float16 ... got torch.float8_e4m3fn ... q.to(": {"q": torch.float8_e4m3fn},
+    "k ... the dtype of q, torch.float32 ... got torch.bfloat16 ... k.to(q.dtype)": {
+        "k": torch.bfloat16
+    },
+    "v ... the dtype of q, torch.float32 ... got torch.float64 ... v.to(q.dtype)": {
+        "v": torch.float64
+    },
+    "residual ... the dtype of q, torch.float32 ... got torch.bfloat16 ... residual.float()": {
+        "residual": torch.bfloat16
+    },
+    "identity_gain ... a number or a Tensor ... got True ... Pass a float": {"identity_gain": True},
+    "softmax_gain ... a number or a Tensor ... got '1' ... Pass a float": {"softmax_gain": "1"},
+    "center_gain ... a number or a Tensor ... got None ... Pass a float": {"center_gain": None},
+    "center_gain ... a number or a Tensor ... got 1j ... Pass a float": {"center_gain": 1j},
+    "scale ... a number or a Tensor ... got 'auto' ... Pass a float": {"scale": "auto"},
+    "softmax_gain ... a floating dtype ... got torch.int64 ... softmax_gain.float()": {
+        "softmax_gain": torch.ones((), dtype=torch.int64)
+    },
+    "is_causal ... must be True or False ... got a Tensor of shape (6, 6) ... bool": {
+        "is_causal": torch.ones(6, 6).tril()
+    },
+    "is_causal ... must be True or False ... got 1 ... bool": {"is_causal": 1},
+    "return_lse ... must be True or False ... got None ... bool": {"return_lse": None},
+    "deterministic ... must be True or False ... got 0 ... bool": {"deterministic": 0},
+    "q_offset ... must be an int or None ... got False ... S - T": {"q_offset": False},
+    "q_offset ... must be an int or None ... got 1.0 ... S - T": {"q_offset": 1.0},
+    "q_offset ... must be an int or None ... got a Tensor of shape () ... S - T": {
+        "q_offset": torch.tensor(1)
+    },
+    "key_start ... Tensor of shape (B,) or None ... got 3 ... torch.tensor(": {"key_start": 3},
+    "key_end ... an integer dtype ... got torch.float32 ... key_end.to(": {
+        "key_end": torch.ones(2)
+    },
+    "key_end ... an integer dtype ... got torch.bool ... attn_mask": {
+        "key_end": torch.ones(2, dtype=torch.bool)
+    },
+    "attn_mask ... a bool Tensor or None ... got list ... True where": {"attn_mask": [True]},
+    "attn_mask ... dtype torch.bool ... got torch.float32 ... mask of 0 and 1 ... "
+    "attn_mask.bool() ... nothing but 0 and -inf ... attn_mask == 0 ... additive bias ... "
+    "prior=b - b.logsumexp(-1, keepdim=True) ... the centre has the weights softmax(b)": {
+        "attn_mask": torch.zeros(6, 6)
+    },
+    "prior ... None (uniform), an ESPA, a USPA or a Tensor ... got str ... Leave it out": {
+        "prior": "espa"
+    },
+    "prior ... a floating dtype ... got torch.bool ... logarithm": {
+        "prior": torch.ones(6, 6, dtype=torch.bool),
+        "impl": "reference",
+    },
+    "q ... float16, bfloat16 or float32 for impl='triton' ... got torch.float64 ... impl='torch'": {
+        "q": torch.float64,
+        "k": torch.float64,
+        "v": torch.float64,
+        "residual": None,
+        "impl": "triton",
+    },
+}
+VALUE_ERRORS = {
+    "q ... the 4 dimensions (B, H, T, D) ... got shape (4, 6, 16) ... Add": {"q": (4, 6, 16)},
+    "v ... (B, Hkv, S, Dv) ... got shape (2, 2, 6, 24, 1) ... merge": {"v": (2, 2, 6, 24, 1)},
+    "q ... at least one head ... got shape (2, 0, 6, 16) ... may be 0": {"q": (2, 0, 6, 16)},
+    "k ... at least one head ... got shape (2, 0, 6, 16) ... may be 0": {"k": (2, 0, 6, 16)},
+    "q ... at least one channel (D) ... got shape (2, 4, 6, 0) ... may be 0": {"q": (2, 4, 6, 0)},
+    "v ... at least one channel (Dv) ... got shape (2, 2, 6, 0) ... may be 0": {"v": (2, 2, 6, 0)},
+    "k and v ... batch size of q, 2 ... got shapes (1, 2, 6, 16) and (2, 2, 6, 24) ... Expand": {
+        "k": (1, 2, 6, 16)
+    },
+    "v ... heads and keys of k, (B, 2, 6, Dv) ... got shape (2, 2, 7, 24) ... one value": {
+        "v": (2, 2, 7, 24)
+    },
+    "v ... heads and keys of k, (B, 2, 6, Dv) ... got shape (2, 4, 6, 24) ... one value": {
+        "v": (2, 4, 6, 24)
+    },
+    "k ... the head dimension of q, 16 ... got shape (2, 2, 6, 24) ... Project": {
+        "k": (2, 2, 6, 24)
+    },
+    "k ... divides that of q, 4 ... got 3 heads ... divisor": {
+        "k": (2, 3, 6, 16),
+        "v": (2, 3, 6, 24),
+    },
+    "k ... divides that of q, 4 ... got 8 heads ... divisor": {
+        "k": (2, 8, 6, 16),
+        "v": (2, 8, 6, 24),
+    },
+    "v ... the device of q, DEVICE ... got meta ... v.to(q.device)": {"v": to_meta},
+    "residual ... the device of q, DEVICE ... got meta ... residual.to(q.device)": {
+        "residual": to_meta
+    },
+    "residual ... the shape of the output, (2, 4, 6, 24) ... got shape (2, 4, 6, 16) ... "
+    "(B, H, T, Dv)": {"residual": (2, 4, 6, 16)},
+    "branch_gain ... must be finite ... got nan ... finite": {"branch_gain": float("nan")},
+    "skip_gain ... must be finite ... got -inf ... finite": {"skip_gain": -float("inf")},
+    "scale ... must be finite ... got inf ... finite": {"scale": float("inf")},
+    "softmax_gain ... shape () or (H,) = (4,) ... got shape (2,) ... per query head": {
+        "softmax_gain": torch.ones(2)
+    },
+    "scale ... shape () or (H,) = (4,) ... got shape (4, 1) ... per query head": {
+        "scale": torch.ones(4, 1)
+    },
+    "center_gain ... the device of q, DEVICE ... got meta ... center_gain.to(q.device)": {
+        "center_gain": torch.ones((), device="meta")
+    },
+    "skip_gain ... acts on residual, which is None ... got 0.5 ... Pass residual": {
+        "residual": None,
+        "skip_gain": 0.5,
+    },
+    "skip_gain ... acts on residual, which is None ... got a Tensor of shape (4,) ... "
+    "Pass residual": {"residual": None, "skip_gain": torch.ones(4)},
+    "identity_gain ... 0 <= q_offset + i < S = 6 for i < T = 6 ... "
+    "got 1.0 with queries at -1 to 4 ... identity_gain=0.0": {"q_offset": -1},
+    "identity_gain ... 0 <= q_offset + i < S = 6 for i < T = 6 ... "
+    "got a Tensor of shape (4,) with queries at 1 to 6 ... identity_gain=0.0": {
+        "q_offset": 1,
+        "identity_gain": torch.zeros(4),
+    },
+    "identity_gain ... 0 <= q_offset + i < S = 5 for i < T = 6 ... queries at -1 to 4 ... "
+    "between 0 and S - T": {"k": (2, 2, 5, 16), "v": (2, 2, 5, 24)},
+    "identity_gain ... S = 0 ... queries at -6 to -1 ... identity_gain=0.0": {
+        "k": (2, 2, 0, 16),
+        "v": (2, 2, 0, 24),
+    },
+    "key_start ... shape (B,) = (2,) ... got shape (2, 1) ... per batch entry": {
+        "key_start": torch.zeros(2, 1, dtype=torch.int64)
+    },
+    "key_end ... shape (B,) = (2,) ... got shape (1,) ... per batch entry": {
+        "key_end": torch.ones(1, dtype=torch.int32)
+    },
+    "key_start ... the device of q, DEVICE ... got meta ... key_start.to(q.device)": {
+        "key_start": torch.zeros(2, dtype=torch.int32, device="meta")
+    },
+    "attn_mask ... broadcast to (B, H, T, S) = (2, 4, 6, 6) ... got shape (2, 6) ... "
+    "mask[:, None, None, :]": {"attn_mask": torch.ones(2, 6, dtype=torch.bool)},
+    "attn_mask ... broadcast to (B, H, T, S) = (2, 4, 6, 6) ... got shape (2, 2, 6, 6) ... 1": {
+        "attn_mask": torch.ones(2, 2, 6, 6, dtype=torch.bool)
+    },
+    "attn_mask ... broadcast to (B, H, T, S) ... got shape (1, 2, 4, 6, 6) ... size 1": {
+        "attn_mask": torch.ones(1, 2, 4, 6, 6, dtype=torch.bool)
+    },
+    "attn_mask ... the device of q, DEVICE ... got meta ... attn_mask.to(q.device)": {
+        "attn_mask": torch.ones(6, dtype=torch.bool, device="meta")
+    },
+    "prior ... broadcast to (H, T, S) = (4, 6, 6) ... got shape (2, 6, 6) ... (T, S)": {
+        "prior": torch.zeros(2, 6, 6),
+        "impl": "reference",
+    },
+    "prior ... broadcast to (H, T, S) = (4, 6, 6) ... got shape (1, 4, 6, 6) ... (T, S)": {
+        "prior": torch.zeros(1, 4, 6, 6),
+        "impl": "reference",
+    },
+    "prior ... the device of q, DEVICE ... got meta ... prior.to(q.device)": {
+        "prior": torch.zeros(6, 6, device="meta"),
+        "impl": "reference",
+    },
+    "impl ... one of 'auto', 'triton', 'torch', 'reference' ... got None ... Choose": {
+        "impl": None
+    },
+    "impl ... one of 'auto', 'triton', 'torch', 'reference' ... got 'flash' ... Choose": {
+        "impl": "flash"
+    },
+    "q ... head dimension D of at most 256 ... got D = 257 ... impl='torch'": {
+        "q": (2, 4, 6, 257),
+        "k": (2, 2, 6, 257),
+        "impl": "triton",
+    },
+    "v ... head dimension Dv of at most 256 ... got Dv = 264 ... impl='torch'": {
+        "v": (2, 2, 6, 264),
+        "residual": None,
+        "impl": "triton",
+    },
 }
 
 
-@pytest.mark.parametrize("name", ERRORS)
-def test_error(name, device):
-    changes, error, parts = ERRORS[name]
+@pytest.mark.parametrize(
+    "error, parts, changes",
+    [
+        *((TypeError, *entry) for entry in TYPE_ERRORS.items()),
+        *((ValueError, *entry) for entry in VALUE_ERRORS.items()),
+    ],
+)
+def test_error(error, parts, changes, device):
     with pytest.raises(error) as caught:
         shaped_attention(**tensors(device, **changes))
     message = str(caught.value)
