@@ -22,7 +22,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,13 +99,9 @@ def load_corpus(source: str, max_bytes: int, text_column: str = "text") -> Corpu
             return _split_dataset(dataset, text_column, max_bytes, f"dataset {path.name}")
         return load_folder(path, max_bytes)
     choices = ", ".join((STANDARD_LIBRARY, *PRESETS))
-    fail(
-        ValueError,
-        "data",
-        f"must be a file or folder that exists, one of {choices}, or {HUB_PREFIX}NAME[:CONFIG]",
-        repr(source),
-        f"Check the path; a dataset of the Hugging Face Hub starts with {HUB_PREFIX}",
-    )
+    rule = f"must be a file or folder that exists, one of {choices}, or {HUB_PREFIX}NAME[:CONFIG]"
+    remedy = f"Check the path; a dataset of the Hugging Face Hub starts with {HUB_PREFIX}"
+    fail(ValueError, "data", rule, repr(source), remedy)
 
 
 def standard_library() -> Path:
@@ -130,14 +126,8 @@ def load_standard_library(root: Path | None = None, max_bytes: int = 6_000_000) 
         if name.endswith(".py")
     ]
     source = f"standard library of Python {platform.python_version()}, {len(names)} source files"
-    corpus = _split_files(root, names, max_bytes, source)
-    if not corpus.train_files or not corpus.validation_files:
-        raise FileNotFoundError(
-            f"found {len(corpus.train_files)} training and {len(corpus.validation_files)} "
-            f"validation files (*.py) below {root}; both are needed. Use a Python that ships its "
-            "standard library as source."
-        )
-    return corpus
+    remedy = "Use a Python that ships its standard library as source."
+    return _split_files(root, names, max_bytes, source, remedy)
 
 
 def load_folder(root: Path, max_bytes: int) -> Corpus:
@@ -154,14 +144,9 @@ def load_folder(root: Path, max_bytes: int) -> Corpus:
         for name in _file_names(root, lambda folder: not folder.startswith("."))
         if not name.rpartition("/")[2].startswith(".") and _is_text(root / name)
     ]
-    corpus = _split_files(root, names, max_bytes, f"folder {root.name}, {len(names)} text files")
-    if not corpus.train_files or not corpus.validation_files:
-        raise FileNotFoundError(
-            f"found {len(corpus.train_files)} training and {len(corpus.validation_files)} "
-            f"validation files among the {len(names)} text files below {root}; both are needed. "
-            "Add files, or give one file, whose last tenth then validates."
-        )
-    return corpus
+    remedy = "Add files, or give one file, whose last tenth then validates."
+    source = f"folder {root.name}, {len(names)} text files"
+    return _split_files(root, names, max_bytes, source, remedy)
 
 
 def _file_names(root: Path, is_entered: Callable[[str], bool]) -> Iterator[str]:
@@ -217,7 +202,9 @@ def _parts(max_bytes: int) -> dict[str, _Part]:
     return {"validation": _Part(validation), "train": _Part(max_bytes - validation)}
 
 
-def _split_files(root: Path, names: Iterable[str], max_bytes: int, source: str) -> Corpus:
+def _split_files(
+    root: Path, names: Sequence[str], max_bytes: int, source: str, remedy: str
+) -> Corpus:
     parts = _parts(max_bytes)
     files: dict[str, list[str]] = {"train": [], "validation": []}
     # Validation files have the smallest positions.
@@ -231,9 +218,14 @@ def _split_files(root: Path, names: Iterable[str], max_bytes: int, source: str) 
             continue
         if parts[side].add(content):
             files[side].append(name)
+    if not all(files.values()):
+        raise FileNotFoundError(
+            f"found {len(files['train'])} training and {len(files['validation'])} validation files "
+            f"among the {len(names)} text files below {root}; both are needed. {remedy}"
+        )
+    found = {side: part.joined() for side, part in parts.items()}
     return Corpus(
-        train=parts["train"].joined(),
-        validation=parts["validation"].joined(),
+        **found,
         train_files=tuple(files["train"]),
         validation_files=tuple(files["validation"]),
         source=source,
@@ -266,13 +258,8 @@ def _split_dataset(dataset: Any, text_column: str, max_bytes: int, source: str) 
     """Take the splits of a dataset, or split the one that there is by the place of a document."""
     splits = dict(dataset) if isinstance(dataset, dict) else {"train": dataset}
     if "train" not in splits:
-        fail(
-            ValueError,
-            "data",
-            'must have a split named "train"',
-            ", ".join(splits),
-            "Rename one of its splits.",
-        )
+        rule = 'must have a split named "train"'
+        fail(ValueError, "data", rule, ", ".join(splits), "Rename one of its splits.")
     parts = _parts(max_bytes)
     held_out = next((name for name in VALIDATION_SPLITS if name in splits), None)
     if held_out is None:
@@ -301,13 +288,8 @@ def _fill(parts: dict[str, _Part], documents: Iterable[str]) -> None:
 
 def _documents(split: Any, text_column: str) -> Iterator[str]:
     if split.column_names is not None and text_column not in split.column_names:
-        fail(
-            ValueError,
-            "text_column",
-            f"must be one of {', '.join(split.column_names)}",
-            repr(text_column),
-            "Choose the column with the text.",
-        )
+        rule = f"must be one of {', '.join(split.column_names)}"
+        fail(ValueError, "text_column", rule, repr(text_column), "Choose the column with the text.")
     for batch in split.iter(batch_size=_BATCH):
         for text in batch[text_column]:
             if not isinstance(text, str):

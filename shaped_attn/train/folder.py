@@ -67,13 +67,8 @@ class RunFolder:
             self._refuse(f"a run of another configuration ({'; '.join(differences)})")
 
     def _refuse(self, got: str) -> None:
-        fail(
-            ValueError,
-            "output",
-            "must be a new folder, or that of a run of the same configuration to resume",
-            f"{self.root}, {got}",
-            "Name another folder.",
-        )
+        rule = "must be a new folder, or that of a run of the same configuration to resume"
+        fail(ValueError, "output", rule, f"{self.root}, {got}", "Name another folder.")
 
     def begin(self, settings: TrainSettings, data: dict[str, Any], processes: int) -> None:
         """Make the folder and write what identifies the run."""

@@ -149,9 +149,7 @@ def variants(settings: TrainSettings, methods: Sequence[str]) -> list[Variant]:
             if settings.has_normalization not in (None, normalization):
                 continue
             try:
-                replace(
-                    settings, method=method, has_skip=skip, has_normalization=normalization
-                )
+                replace(settings, method=method, has_skip=skip, has_normalization=normalization)
             except ValueError as error:
                 reason = error
                 continue

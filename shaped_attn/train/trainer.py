@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import check_choice, fail
 from ..destination import check_folder
 from ..nn import ShapedTransformer, anneal_gains, parameter_groups, saving
 from . import checkpoints, metrics
@@ -211,9 +211,7 @@ def check_ready(output: Path) -> None:
 
 
 def _make_accelerator(settings: TrainSettings, output: Path, device: str) -> Accelerator:
-    if device not in DEVICES:
-        rule = f"must be one of {', '.join(map(repr, DEVICES))}"
-        fail(ValueError, "device", rule, repr(device), "CUDA_VISIBLE_DEVICES chooses among GPUs.")
+    check_choice("device", device, DEVICES)
     accelerator = require("accelerate").Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
@@ -223,13 +221,8 @@ def _make_accelerator(settings: TrainSettings, output: Path, device: str) -> Acc
     )
     parts = settings.accumulation * accelerator.num_processes
     if settings.batch_size % parts:
-        fail(
-            ValueError,
-            "batch_size",
-            f"must be a multiple of accumulation times processes, {parts}",
-            settings.batch_size,
-            "Change one of them.",
-        )
+        rule = f"must be a multiple of accumulation times processes, {parts}"
+        fail(ValueError, "batch_size", rule, settings.batch_size, "Change one of them.")
     return accelerator
 
 
