@@ -117,11 +117,7 @@ class ESPA:
             raise ValueError(f"decay_out must be above 0 and finite, got {low}. Try 0.005.")
         if not isinstance(high, Tensor) and not high > 0:
             raise ValueError(f"decay_in must be above 0, got {high}. math.inf is the identity.")
-        if not isinstance(low, Tensor) and not isinstance(high, Tensor) and high < low:
-            raise ValueError(
-                f"decay_in must be at least decay_out = {low:g}, or entries of the prior are "
-                f"negative, got {high:g}. Correlations of tokens can only grow; see ESPA.schedule."
-            )
+        _check_order("ESPA", "decay_out", low, "decay_in", high)
 
     @staticmethod
     def schedule(layers: int, decay: float = 0.005) -> list[ESPA]:
@@ -233,12 +229,7 @@ class USPA:
                 )
             if not isinstance(value, Tensor) and not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}. Try 0.8.")
-        low, high = self.rho_in, self.rho_out
-        if not isinstance(low, Tensor) and not isinstance(high, Tensor) and high < low:
-            raise ValueError(
-                f"rho_out must be at least rho_in = {low:g}, or entries of the prior are negative, "
-                f"got {high:g}. Correlations of tokens can only grow; see USPA.schedule."
-            )
+        _check_order("USPA", "rho_in", self.rho_in, "rho_out", self.rho_out)
 
     @staticmethod
     def schedule(layers: int, rho: float = 0.8) -> list[USPA]:
@@ -446,6 +437,14 @@ def _check_parameter(prior: str, name: str, value: object) -> None:
         raise TypeError(
             f"{name} of {prior} must be a number or a Tensor, got {value!r} of type "
             f"{type(value).__name__}. Pass a float, or a Tensor with one value for each head."
+        )
+
+
+def _check_order(prior: str, low_name: str, low: Gain, high_name: str, high: Gain) -> None:
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor) and high < low:
+        raise ValueError(
+            f"{high_name} must be at least {low_name} = {low:g}, or entries of the prior are "
+            f"negative, got {high:g}. Correlations of tokens can only grow; see {prior}.schedule."
         )
 
 

@@ -164,17 +164,8 @@ class ShapedBlock(TransformerBlock):
         X' = skip_gain Z + branch_gain mlp(Z) ,            skip_gain^2 + branch_gain^2 = 1
 
     which is the block of the theory. With ``norm`` each branch, not the skip, reads a normalised
-    stream: attention(Norm(X)), mlp(Norm(Z)).
-
-    | parameter                       | shape    | initial law |
-    | --- | --- | --- |
-    | ``attention.*``                 |          | see `ShapedAttention` |
-    | ``mlp.*``                       |          | see `ShapedMLP` |
-    | ``{attention,mlp}_norm.weight`` | (width,) | 1 |
-    | ``{attention,mlp}_norm.bias``   | (width,) | 0 ("layer" only) |
-
-    The weights of all projections may be replaced by stacks (networks, out, in) and drawn by
-    ``reset_parameters``; X is then (networks, T, width), one network per batch entry.
+    stream: attention(Norm(X)), mlp(Norm(Z)). Parameters, and stacks of weights, are those of
+    `TransformerBlock`.
 
     Args:
         width: n, size of the last dimension of X.

@@ -139,15 +139,8 @@ class ShapedMLP(MLP):
     The slopes depend on ``width``, not on the hidden width. c_n keeps the mean square of what it
     multiplies; with trained slopes it follows them.
 
-    | parameter       | shape           | initial law |
-    | --- | --- | --- |
-    | ``pre.weight``  | (hidden, width) | N(0, 1/width), independent |
-    | ``post.weight`` | (width, hidden) | N(0, 1/hidden), independent |
-    | ``c_plus``      | ()              | the value given (with ``trainable_slopes``) |
-    | ``c_minus``     | ()              | the value given (with ``trainable_slopes``) |
-
-    The two weights may be replaced by stacks (networks, out, in); x is then
-    (networks, ..., width).
+    Parameters, and stacks of weights, are those of `MLP` with law "gaussian"; with
+    ``trainable_slopes`` also ``c_plus`` and ``c_minus``, each () and at first the value given.
 
     Args:
         width: n, size of the last dimension of x.

@@ -22,6 +22,8 @@ from shaped_attn.nn.activations import (
 
 EPS = torch.finfo(torch.float64).eps
 RHO = torch.tensor([-1.0, -0.7, -0.2, 0.0, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
+EYE = torch.eye(2)
+UNIT, BAD = DKSConstants(1.0, 0.0, 1.0, 0.0), DKSConstants(1.0, 0.0, math.nan, 0.0)
 SMOOTH = {
     "tanh": torch.tanh,
     "softplus": F.softplus,
@@ -167,18 +169,6 @@ def test_activations_too_narrow_for_the_kernel_are_noticed():
         activation_kernel(torch.tanh, 400 * torch.eye(2))
 
 
-def test_arguments_of_the_maps():
-    with pytest.raises(TypeError, match="activation must be callable, got str"):
-        correlation_map("tanh", 0.5)
-    with pytest.raises(TypeError, match="activation must be callable, got float"):
-        activation_kernel(0.5, torch.eye(2))
-    for value in (1.1, math.nan):
-        with pytest.raises(ValueError, match="correlation must be from -1 to 1"):
-            correlation_map(torch.tanh, value)
-    with pytest.raises(ValueError, match="activation must not be 0 everywhere"):
-        correlation_map(torch.zeros_like, 0.5)
-
-
 # TAT
 
 
@@ -197,21 +187,6 @@ def test_slope_is_closer_to_one_in_deeper_networks():
     slopes = [tat_slope(layers) for layers in (13, 36, 72, 1000)]
     assert slopes == sorted(slopes)
     assert slopes[0] > 0 and slopes[-1] < 1
-
-
-def test_eta_that_no_slope_reaches():
-    with pytest.raises(ValueError, match=r"eta must be below 0.3183, which 1 layers of ReLU reach"):
-        tat_slope(1)  # 1 / pi
-    with pytest.raises(ValueError, match="eta must be below 0.9"):
-        tat_slope(36, 1.0)
-    with pytest.raises(ValueError, match="eta must be greater than 0"):
-        tat_slope(36, 0.0)
-    with pytest.raises(ValueError, match="nonlinear_layers must be at least 1"):
-        tat_slope(0)
-    with pytest.raises(TypeError, match="nonlinear_layers must be an int"):
-        tat_slope(2.0)
-    with pytest.raises(ValueError, match="slope must be from 0 to 1"):
-        TailoredLeakyReLU(1.5)
 
 
 # DKS
@@ -318,19 +293,6 @@ def test_activations_without_constants(phi):
         dks_constants(phi, 36)
 
 
-def test_arguments_of_dks():
-    with pytest.raises(ValueError, match="zeta must be above 1, got 1.0"):
-        dks_constants(torch.tanh, 36, zeta=1.0)
-    with pytest.raises(ValueError, match="nonlinear_layers must be at least 1"):
-        dks_constants(torch.tanh, 0)
-    with pytest.raises(TypeError, match="activation must be callable, got str"):
-        dks_constants("tanh", 36)
-    with pytest.raises(TypeError, match="activation must be callable, got str"):
-        DKSActivation("tanh", DKSConstants(1.0, 0.0, 1.0, 0.0))
-    with pytest.raises(ValueError, match="output_scale must be finite"):
-        DKSActivation(torch.tanh, DKSConstants(1.0, 0.0, math.nan, 0.0))
-
-
 def test_constants_do_not_depend_on_the_state_of_torch():
     """A model may be built on a device without storage, or first used for inference."""
     expected = dks_constants(torch.tanh, 36), tat_slope(36)
@@ -340,6 +302,32 @@ def test_constants_do_not_depend_on_the_state_of_torch():
     with torch.device("meta"), torch.no_grad():
         assert (dks_constants(torch.tanh, 36), tat_slope(36)) == expected
         assert float(correlation_map(nn.ReLU(), 0.0)) == pytest.approx(1 / math.pi)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: correlation_map("tanh", 0.5), TypeError, "activation must be callable, got str"),
+        (lambda: activation_kernel(0.5, EYE), TypeError, "activation must be callable, got float"),
+        (lambda: correlation_map(torch.tanh, 1.1), ValueError, "correlation must be from -1 to 1"),
+        (lambda: correlation_map(torch.tanh, math.nan), ValueError, "correlation must be from -1"),
+        (lambda: correlation_map(torch.zeros_like, 0.5), ValueError, "activation must not be 0 ev"),
+        (lambda: tat_slope(1), ValueError, "eta must be below 0.3183, which 1 layers of"),  # 1 / pi
+        (lambda: tat_slope(36, 1.0), ValueError, "eta must be below 0.9"),
+        (lambda: tat_slope(36, 0.0), ValueError, "eta must be greater than 0"),
+        (lambda: tat_slope(0), ValueError, "nonlinear_layers must be at least 1"),
+        (lambda: tat_slope(2.0), TypeError, "nonlinear_layers must be an int"),
+        (lambda: TailoredLeakyReLU(1.5), ValueError, "slope must be from 0 to 1"),
+        (lambda: dks_constants(torch.tanh, 36, 1.0), ValueError, "zeta must be above 1, got 1.0"),
+        (lambda: dks_constants(torch.tanh, 0), ValueError, "nonlinear_layers must be at least 1"),
+        (lambda: dks_constants("tanh", 36), TypeError, "activation must be callable, got str"),
+        (lambda: DKSActivation("tanh", UNIT), TypeError, "activation must be callable, got str"),
+        (lambda: DKSActivation(torch.tanh, BAD), ValueError, "output_scale must be finite"),
+    ],
+)
+def test_argument_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 # The rate of a shaped ReLU
