@@ -42,7 +42,7 @@ from ..primitives import (
     SOFTMAX,
 )
 from ..value_sums import ValueSums, ValueSumsByKey, lead_of
-from ..visibility import load_bounds, visibility_arguments, visibility_sizes
+from ..visibility import KEY_START, load_bounds, visibility_arguments, visibility_sizes
 from .descriptors import DTYPES, Describe
 from .primitives import (
     MOST_REGISTERS,
@@ -78,8 +78,8 @@ if TYPE_CHECKING:
     from ..attention import Call, ForwardResult
 
 
-# Sums of weights that a fixed maximum may lead to; times any sensible v they are far from overflow.
-MOST_WEIGHT = gl.constexpr(2.0**32)
+# Sums of weights that a pivot may lead to; times any sensible v they are far from overflow.
+MOST_WEIGHT = gl.constexpr(2.0**64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +149,11 @@ class ForwardShape(Shape):
     def bytes_at_the_end(self) -> int:
         """Bytes that a consumer's epilogue waits for."""
         return 2 * 64 * self.width * (self.has_own + (self.residual == "tile"))
+
+    @property
+    def headroom(self) -> float:
+        """Log2 of the pivot over the mean weight: float16 ends at 2^16, and has 2^-14 in full."""
+        return 8.0 if self.dtype == gl.float16 else 0.0
 
     @property
     def scores(self) -> gl.NVMMADistributedLayout:
@@ -465,26 +470,6 @@ def _row_ends(where, diagonal, c: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _first_weights(s, scale_log2, ends, key, C: gl.constexpr):
-    """Packed weights of the first block, which sets maximum m and reference u of each row."""
-    visible = before(ends - key, C.block_s, C.scores)
-    scores = gl.where(visible, s, 0.0) * scale_log2
-    top = gl.max(gl.where(visible, scores, -float("inf")), 1)
-    if C.is_centered:
-        top = gl.ceil(top)
-    m = gl.where(top == -float("inf"), 0.0, top)
-    weights = gl.exp2(scores - m[:, None])
-    if C.is_centered:
-        # The geometric mean weight of the keys seen, exact in the dtype of v.
-        count = gl.minimum(gl.maximum(ends - key, 1), C.block_s).to(gl.float32)
-        u = gl.exp2(gl.sum(scores, 1) / count - m).to(C.dtype).to(gl.float32)
-        weights -= u[:, None]
-    else:
-        u = m
-    return pack(gl.where(visible, weights, 0.0), C.dtype), m, u
-
-
-@gluon.jit
 def _weights(s, scale_log2, m, u, ends, key, C: gl.constexpr, MASKED: gl.constexpr):
     """Packed weights of a block."""
     weights = gl.exp2(s * scale_log2 - m[:, None])
@@ -493,6 +478,19 @@ def _weights(s, scale_log2, m, u, ends, key, C: gl.constexpr, MASKED: gl.constex
     if MASKED:
         weights = gl.where(before(ends - key, C.block_s, C.scores), weights, 0.0)
     return pack(weights, C.dtype)
+
+
+@gluon.jit
+def _first_weights(s, scale_log2, ends, key, C: gl.constexpr):
+    """Packed weights of the first block, which sets the pivot m and the reference u of each row."""
+    visible = before(ends - key, C.block_s, C.scores)
+    # The geometric mean weight of the keys seen is 2 to this power.
+    count = gl.minimum(gl.maximum(ends - key, 1), C.block_s).to(gl.float32)
+    mean = gl.sum(gl.where(visible, s, 0.0), 1) * (scale_log2 / count)
+    m = gl.ceil(mean) + C.headroom
+    # Exact in the dtype of v.
+    u = gl.exp2(mean - m).to(C.dtype).to(gl.float32)
+    return _weights(s, scale_log2, m, u, ends, key, C, True), m, u
 
 
 @gluon.jit
@@ -568,7 +566,17 @@ def _row_sums(packed, C: gl.constexpr):
 
 
 @gluon.jit
-def _visible_value_sum(own, where, ends, sizes, value_sums, turn, c: gl.constexpr, C: gl.constexpr):
+def _visible_value_sum(
+    own,
+    where,
+    ends,
+    sizes,
+    value_sums,
+    turn,
+    c: gl.constexpr,
+    C: gl.constexpr,
+    has_key_start: gl.constexpr,
+):
     """Sum of v over the keys that each query sees: [ROWS, width].
 
     Those before the position of the first query come from the prefix sums, which end there; the
@@ -592,7 +600,9 @@ def _visible_value_sum(own, where, ends, sizes, value_sums, turn, c: gl.constexp
         # turn >> 30 is 0: the triangle is not to be kept in registers from tile to tile.
         keys = first + gl.arange(0, ROWS, gl.SliceLayout(0, ones_layout)) + (turn >> 30)
         ends = gl.convert_layout(ends, gl.SliceLayout(1, ones_layout))
-        seen = (keys[None, :] < ends[:, None]) & (keys >= where.key_lo)[None, :]
+        seen = keys[None, :] < ends[:, None]
+        if has_key_start:  # keys before 0 are zeros
+            seen = seen & (keys >= where.key_lo)[None, :]
         ones = gl.where(seen, 1.0, 0.0).to(C.dtype)
         total = warpgroup_mma(gl.convert_layout(ones, C.weights), own, total)
     return total
@@ -767,7 +777,15 @@ def _write(
     if C.is_centered:
         if C.has_room:
             value_sum = _visible_value_sum(
-                own_tile, where, ends, sizes, pointers.value_sums, turn, c, C
+                own_tile,
+                where,
+                ends,
+                sizes,
+                pointers.value_sums,
+                turn,
+                c,
+                C,
+                every.visibility[KEY_START] is not None,
             )
         else:
             value_sum = _gathered_value_sum(
