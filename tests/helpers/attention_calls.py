@@ -7,9 +7,9 @@ import torch
 
 from shaped_attn import shaped_attention
 from shaped_attn.testing import Case, assert_within_budget, assert_within_spread
+from shaped_attn.validation import GAIN_NAMES as GAINS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-GAINS = ("identity_gain", "softmax_gain", "center_gain", "skip_gain", "branch_gain", "scale")
 
 triton_attention = partial(shaped_attention, impl="triton")
 reference_attention = partial(shaped_attention, impl="reference")

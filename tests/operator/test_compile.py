@@ -229,13 +229,6 @@ def test_types_of_device_without_autocast():
 # Compiled
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def assert_compiles(function, *inputs):
     """One whole graph, of the same operators."""
     compiled = torch.compile(function, fullgraph=True, backend="eager")

@@ -483,14 +483,6 @@ def assert_accurate(found, tensors, d_out, d_lse=None, **options):
         assert_within_spread(found[name][finite], expected[finite], spread[name][finite], name=name)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile_with_a_dynamic_length(fresh_compiler, device, name):

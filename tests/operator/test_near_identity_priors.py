@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from attention_calls import reference_attention, triton_attention
 
-from shaped_attn import ESPA, USPA, shaped_attention
+from shaped_attn import ESPA, USPA
 from shaped_attn.kernels.configs import TileConfig, override_config
 from shaped_attn.testing import Case, forward_backward, make_inputs, relative_error
 
@@ -19,14 +20,6 @@ TILES = TileConfig(block_t=128, block_s=64, num_warps=4, num_stages=1)
 METHOD = (0.0, 1.0, 0.0)
 SHAPED = (1.0, 1.0, 1.0)
 CENTERED = (0.0, 1.0, 1.0)
-
-
-def triton_attention(*args, **kwargs):
-    return shaped_attention(*args, **kwargs, impl="triton")
-
-
-def reference_attention(*args, **kwargs):
-    return shaped_attention(*args, **kwargs, impl="reference")
 
 
 def assert_keeps_its_gradients(prior, gains, device, *, is_causal=True, dtype=torch.bfloat16):

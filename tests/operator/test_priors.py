@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from attention_calls import DTYPES
 
 from shaped_attn import ESPA, USPA, shaped_attention
 from shaped_attn.kernels.configs import TileConfig, override_config
@@ -23,7 +24,6 @@ from shaped_attn.testing import (
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGE_TILES = TileConfig(block_t=128, block_s=64, num_warps=4, num_stages=1, sum_block=64)
 
 
