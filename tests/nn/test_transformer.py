@@ -538,6 +538,8 @@ def test_head_sizes(device):
     assert out.logits.shape == (3, 5, 4)
     out = build(device, head=None)(tokens)
     assert out.hidden_states.shape == (3, 5, WIDTH) and out.logits is None and out.loss is None
+    with pytest.raises(ValueError, match="labels need a head"):
+        build(device, head=None)(tokens, tokens)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary", "none"])
@@ -636,21 +638,23 @@ def test_loss_of_narrow_logits_is_float32(device):
     assert_equal(out.loss, written_out_loss(out.logits[:, :-1].float(), tokens[:, 1:]))
 
 
-def test_call_errors(device):
+IDS = torch.zeros(2, 6, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "error, arguments, message",
+    [
+        (ValueError, [IDS.repeat(1, 2)], "tokens must have a length T of at most max_length = 6"),
+        (TypeError, [IDS.float()], "tokens must be a Tensor of integers, got torch.float32"),
+        (ValueError, [IDS[0]], r"tokens must have shape \(B, T\)"),
+        (ValueError, [IDS, IDS[:, 1:]], r"labels must have shape \(2, 6\), got shape \(2, 5\)"),
+        (TypeError, [IDS, IDS > 3], "labels must be a Tensor of integers, got torch.bool"),
+    ],
+)
+def test_call_errors(error, arguments, message, device):
     model = build(device, positions="learned", max_length=6)
-    tokens = torch.randint(11, (2, 6)).to(device)
-    with pytest.raises(ValueError, match="tokens must have a length T of at most max_length = 6"):
-        model(torch.randint(11, (2, 7)).to(device))
-    with pytest.raises(TypeError, match="tokens must be a Tensor of integers, got torch.float32"):
-        model(tokens.float())
-    with pytest.raises(ValueError, match=r"tokens must have shape \(B, T\)"):
-        model(tokens[0])
-    with pytest.raises(ValueError, match=r"labels must have shape \(2, 6\), got shape \(2, 5\)"):
-        model(tokens, tokens[:, 1:])
-    with pytest.raises(TypeError, match="labels must be a Tensor of integers, got torch.bool"):
-        model(tokens, tokens > 3)
-    with pytest.raises(ValueError, match="labels need a head"):
-        build(device, head=None)(tokens, tokens)
+    with pytest.raises(error, match=message):
+        model(*(x.to(device) for x in arguments))
 
 
 @pytest.mark.parametrize("wrong", [11, -1, 2**40])

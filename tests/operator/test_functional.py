@@ -396,21 +396,21 @@ def test_docstring_example():
 # Autocast
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_autocast_casts_q_k_v_and_keeps_a_wider_residual(impl, device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_q_k_v_and_keeps_a_wider_residual(impl, dtype, device):
     case = Case(queries=20, residual_dtype=torch.float32)
     q, k, v, residual = make_inputs(case, value_mean=3, device=device)
     q = q.to(torch.float16)  # mixed dtypes are an error without autocast
     gain = torch.tensor(0.9, device=device, requires_grad=True)
     leaves = [x.requires_grad_() for x in (q, k, v, residual)]
     options = {"softmax_gain": gain, "is_causal": True, "return_lse": True, "impl": impl}
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=dtype):
         out, lse = shaped_attention(*leaves, **options)
         without_residual, _ = shaped_attention(*leaves[:3], **options)
     assert out.dtype == torch.float32 and lse.dtype == torch.float32
-    assert without_residual.dtype == torch.bfloat16
+    assert without_residual.dtype == dtype
     # All arithmetic is as outside of autocast, on cast inputs.
-    narrow = [x.to(torch.bfloat16) for x in leaves[:3]]
+    narrow = [x.to(dtype) for x in leaves[:3]]
     expected, expected_lse = shaped_attention(*narrow, residual, **options)
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
     gradients = torch.autograd.grad((out.sum() + lse.sum()), [*leaves, gain])

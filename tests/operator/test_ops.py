@@ -199,19 +199,6 @@ def test_export_with_a_dynamic_length(device):
     assert torch.equal(program.module()(*longer), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(dtype, device):
-    q, k, v = draw(device, requires_grad=True)
-    residual = torch.randn(q.shape).to(device)
-    with torch.autocast(device.type, dtype=dtype):
-        out = shaped_attention(q, k, v, residual, impl="triton")
-    low = [x.detach().to(dtype) for x in (q, k, v)]
-    assert out.dtype == torch.float32
-    assert torch.equal(out, shaped_attention(*low, residual, impl="triton"))
-    out.sum().backward()
-    assert q.grad.dtype == torch.float32 and q.grad.isfinite().all()
-
-
 def test_activation_checkpointing(device):
     inputs = [*draw(device), gain(device), gain(device, 0.3, False)]
     expected = gradients(attend, *inputs)
@@ -377,11 +364,3 @@ def test_a_cpu_without_the_interpreter_runs_the_composite():
     """
     said = python("-c", textwrap.dedent(script), TRITON_INTERPRET=None)
     assert said == "composite agrees"
-
-
-def test_triton_agrees_with_torch(device):
-    q, k, v = draw(device)
-    options = {"is_causal": True, "scale": 0.3}
-    fused = shaped_attention(q, k, v, **options, impl="triton")
-    composite = shaped_attention(q, k, v, **options, impl="torch")
-    assert relative_error(fused, composite) < 1e-6

@@ -285,18 +285,14 @@ class TestAnyImplementation:
         torch.testing.assert_close(out, v, rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize("prior", [ESPA(0.5, 0.1), USPA(0.1, 0.6)], ids=str)
-    def test_left_padding_is_no_padding(self, impl, prior, device):
+    def test_padding_and_a_cache(self, impl, prior, device):
+        """Padding in front is as no such keys; one query over a cache gives the last row."""
         q, k, v = self.draw(device, 40)
         options = {"prior": prior, "is_causal": True, "scale": 0.25, "impl": impl}
         expected = shaped_attention(*(x[:, :, 9:] for x in (q, k, v)), **options)
         start = torch.tensor([9], device=device)
         out = shaped_attention(q, k, v, key_start=start, **options)[:, :, 9:]
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-
-    @pytest.mark.parametrize("prior", [ESPA(0.5, 0.1), USPA(0.1, 0.6)], ids=str)
-    def test_one_query_over_a_cache_is_the_last_row(self, impl, prior, device):
-        q, k, v = self.draw(device, 40)
-        options = {"prior": prior, "is_causal": True, "scale": 0.25, "impl": impl}
         whole = shaped_attention(q, k, v, **options)
         out = shaped_attention(q[:, :, -1:], k, v, **options)
         torch.testing.assert_close(out, whole[:, :, -1:], rtol=1e-5, atol=1e-5)
