@@ -6,9 +6,9 @@ W^T and dS^T are then left operands, straight from registers, of dv += W^T dO an
 
 Barriers, all in one array; the parities of a stage count the tiles (`step`) of this program:
 
-  K_FULL, V_FULL               once
-  Q_FULL, D_OUT_FULL [stage]   queries and their row terms; d_out
-  EMPTY [stage]                free once per consumer
+  K_FULL, V_FULL                 once
+  Q_FULL, D_OUT_FULL [stage]     queries and their row terms; d_out
+  Q_EMPTY, D_OUT_EMPTY [stage]   free once per consumer, d_out ahead of the queries
 
 Fused, the two consumers also add to dq = dS k, in float32 and in no fixed order: dS^T goes through
 shared memory, twice (`step % 2`), with one named barrier of the consumers between writes and reads.
@@ -196,7 +196,8 @@ K_FULL = gl.constexpr(0)
 V_FULL = gl.constexpr(1)
 Q_FULL = gl.constexpr(0)
 D_OUT_FULL = gl.constexpr(1)
-EMPTY = gl.constexpr(2)
+Q_EMPTY = gl.constexpr(2)
+D_OUT_EMPTY = gl.constexpr(3)
 # Planes of the row terms.
 EXPONENT = gl.constexpr(0)
 DELTA = gl.constexpr(1)
@@ -265,8 +266,15 @@ def _producer(every, c: gl.constexpr, C: gl.constexpr):
         for tile in range(where.first, where.tiles):
             row = _query_tile(tile, where, C) * C.block_t
             stage = step % C.stages
+            parity = (step // C.stages & 1) ^ 1
+            # First what is free first.
+            full = _ring(bars, D_OUT_FULL, step, C)
+            mbarrier.wait(_ring(bars, D_OUT_EMPTY, step, C), parity)
+            mbarrier.expect(full, descriptors.d_out.block_type.nbytes)
+            d_out = memory.queries.index(C.stages + stage)
+            tma_load(descriptors.d_out, [where.batch, head, row, 0], full, d_out)
             full = _ring(bars, Q_FULL, step, C)
-            mbarrier.wait(_ring(bars, EMPTY, step, C), (step // C.stages & 1) ^ 1)
+            mbarrier.wait(_ring(bars, Q_EMPTY, step, C), parity)
             mbarrier.expect(full, q_bytes + C.terms * term_bytes)
             tma_load(descriptors.q, [where.batch, head, row, 0], full, memory.queries.index(stage))
             for plane in gl.static_range(C.terms):
@@ -276,10 +284,6 @@ def _producer(every, c: gl.constexpr, C: gl.constexpr):
                 )
             if C.makes_dk and step == 0:
                 _load_keys(descriptors.v, where, bars.index(V_FULL), memory.keys, C.consumers, C)
-            full = _ring(bars, D_OUT_FULL, step, C)
-            mbarrier.expect(full, descriptors.d_out.block_type.nbytes)
-            d_out = memory.queries.index(C.stages + stage)
-            tma_load(descriptors.d_out, [where.batch, head, row, 0], full, d_out)
             step += 1
 
 
@@ -462,18 +466,19 @@ def _step(
         if C.is_fused:
             dq = _start_dq(d_scores, memory, step, zero, c, C)
         dk = warpgroup_mma(operand, q, dk, is_async=True)
+        # Of what has been started only dk is younger than the last product with d_out.
         if C.is_fused:
             dq, dv, value_weights = warpgroup_mma_wait(1, deps=[dq, dv, value_weights])
+        elif C.makes_dv:
+            dv, value_weights = warpgroup_mma_wait(1, deps=[dv, value_weights])
+        mbarrier.arrive(_ring(memory.bars, D_OUT_EMPTY, step, C), count=1)
+        if C.is_fused:
             _add_dq(dq, dq_sums + tile.to(gl.int64) * (2 * ROWS * HALF), C)
-    if C.makes_dk and C.makes_dv:
-        dk, dv, value_weights, operand = warpgroup_mma_wait(
-            0, deps=[dk, dv, value_weights, operand]
-        )
-    elif C.makes_dk:
         dk, operand = warpgroup_mma_wait(0, deps=[dk, operand])
     else:
         dv, value_weights = warpgroup_mma_wait(0, deps=[dv, value_weights])
-    mbarrier.arrive(_ring(memory.bars, EMPTY, step, C), count=1)
+        mbarrier.arrive(_ring(memory.bars, D_OUT_EMPTY, step, C), count=1)
+    mbarrier.arrive(_ring(memory.bars, Q_EMPTY, step, C), count=1)
     return dk, dv
 
 
@@ -621,14 +626,15 @@ def attention_bwd_dkdv_kernel(
         gl.allocate_shared_memory(C.dtype, [2 * C.stages, 1, 1, C.block_t, C.width], q_layout),
         terms,
         d_scores,
-        gl.allocate_shared_memory(gl.int64, [2 + 3 * C.stages, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [2 + 4 * C.stages, 1], mbarrier.MBarrierLayout()),
     )
     mbarrier.init(memory.bars.index(K_FULL), count=1)
     mbarrier.init(memory.bars.index(V_FULL), count=1)
     for stage in gl.static_range(C.stages):
         mbarrier.init(_ring(memory.bars, Q_FULL, stage, C), count=1)
         mbarrier.init(_ring(memory.bars, D_OUT_FULL, stage, C), count=1)
-        mbarrier.init(_ring(memory.bars, EMPTY, stage, C), count=C.consumers)
+        mbarrier.init(_ring(memory.bars, Q_EMPTY, stage, C), count=C.consumers)
+        mbarrier.init(_ring(memory.bars, D_OUT_EMPTY, stage, C), count=C.consumers)
     fence_async_shared()
     barrier()
     every = Every(

@@ -6,7 +6,7 @@ Barriers, all in one array; the parities of a stage count the blocks (`g`) of th
 
   Q_FULL [consumer]         queries and d_out, once
   K_FULL, V_FULL [stage]    keys; values
-  EMPTY [stage]             free once per consumer
+  K_EMPTY, V_EMPTY [stage]  free once per consumer, values ahead of keys
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ class Place(NamedTuple):
 # --------------------------------------------------------------------------- barriers and places
 K_FULL = gl.constexpr(0)
 V_FULL = gl.constexpr(1)
-EMPTY = gl.constexpr(2)
+K_EMPTY = gl.constexpr(2)
+V_EMPTY = gl.constexpr(3)
 
 
 @gluon.jit
@@ -167,13 +168,16 @@ def _producer(every, c: gl.constexpr, C: gl.constexpr):
     for g in range(where.blocks):
         stage = g % C.stages
         at = [where.batch, where.head // C.group, where.key_lo + g * C.block_s, 0]
-        mbarrier.wait(_ring(bars, EMPTY, g, C), (g // C.stages & 1) ^ 1)
-        full = _ring(bars, K_FULL, g, C)
-        mbarrier.expect(full, descriptors.k.block_type.nbytes)
-        tma_load(descriptors.k, at, full, memory.keys.index(stage))
+        parity = (g // C.stages & 1) ^ 1
+        # First what is free first.
         full = _ring(bars, V_FULL, g, C)
+        mbarrier.wait(_ring(bars, V_EMPTY, g, C), parity)
         mbarrier.expect(full, descriptors.v.block_type.nbytes)
         tma_load(descriptors.v, at, full, memory.keys.index(C.stages + stage))
+        full = _ring(bars, K_FULL, g, C)
+        mbarrier.wait(_ring(bars, K_EMPTY, g, C), parity)
+        mbarrier.expect(full, descriptors.k.block_type.nbytes)
+        tma_load(descriptors.k, at, full, memory.keys.index(stage))
 
 
 # ------------------------------------------------------------------------------------- consumer
@@ -230,11 +234,12 @@ def _step(dq, memory, row, factors, g, key, c: gl.constexpr, C: gl.constexpr, MA
     if C.is_pinned:
         weights = _pin_weights(weights)
     d_weights = warpgroup_mma_wait(0, deps=[d_weights])
+    mbarrier.arrive(_ring(memory.bars, V_EMPTY, g, C), count=1)
     d_scores = weights * (sign * d_weights - delta[:, None])
     d_scores = gl.convert_layout(d_scores.to(C.dtype), C.weights)
     dq = warpgroup_mma(d_scores, k, dq, is_async=True)
     dq, d_scores = warpgroup_mma_wait(0, deps=[dq, d_scores])
-    mbarrier.arrive(_ring(memory.bars, EMPTY, g, C), count=1)
+    mbarrier.arrive(_ring(memory.bars, K_EMPTY, g, C), count=1)
     return dq
 
 
@@ -311,14 +316,15 @@ def attention_bwd_dq_kernel(
     memory = Memory(
         gl.allocate_shared_memory(C.dtype, [2 * C.consumers, 1, 1, ROWS, C.width], q_layout),
         gl.allocate_shared_memory(C.dtype, [2 * C.stages, 1, 1, C.block_s, C.width], k_layout),
-        gl.allocate_shared_memory(gl.int64, [C.consumers + 3 * C.stages, 1], bars_layout),
+        gl.allocate_shared_memory(gl.int64, [C.consumers + 4 * C.stages, 1], bars_layout),
     )
     for i in gl.static_range(C.consumers):
         mbarrier.init(memory.bars.index(i), count=1)
     for stage in gl.static_range(C.stages):
         mbarrier.init(_ring(memory.bars, K_FULL, stage, C), count=1)
         mbarrier.init(_ring(memory.bars, V_FULL, stage, C), count=1)
-        mbarrier.init(_ring(memory.bars, EMPTY, stage, C), count=C.consumers)
+        mbarrier.init(_ring(memory.bars, K_EMPTY, stage, C), count=C.consumers)
+        mbarrier.init(_ring(memory.bars, V_EMPTY, stage, C), count=C.consumers)
     fence_async_shared()
     barrier()
     every = Every(
