@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+HeadGain = float | tuple[float, ...]
+"""A gain as a setting: one number, or one for each head."""
 
 
 def fail(error: type[Exception], argument: str, rule: str, got: object, remedy: str) -> NoReturn:
@@ -105,6 +107,20 @@ def check_not_empty(name: str, values: Collection[T]) -> Collection[T]:
     if not values:
         fail(ValueError, name, "must not be empty", "none", "Give at least one.")
     return values
+
+
+def check_head_gain(name: str, gain: object, heads: int) -> HeadGain:
+    """Return a gain: a finite number as float; one for each head, also a Tensor, as tuple."""
+    if hasattr(gain, "tolist"):
+        gain = gain.tolist()
+    if isinstance(gain, str) or not isinstance(gain, Iterable):
+        return check_number(name, gain)
+    gains = tuple(check_number(name, value) for value in gain)
+    if len(gains) != heads:
+        rule = f"must be a number or {heads} numbers, one per head"
+        remedy = "Give one number for all heads, or one for each."
+        fail(ValueError, name, rule, f"{len(gains)} of them", remedy)
+    return gains
 
 
 def check_flag(name: str, value: object) -> bool:

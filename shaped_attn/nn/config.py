@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ..checks import check_divides, check_positive, check_size
+from ..checks import HeadGain, check_divides, check_head_gain, check_positive, check_size
 from ..settings import check_settings, documented, setting
 from ..validation import IMPLEMENTATIONS
 from .attention import OUT_PROJECTIONS
 from .block import NORMS, ShapedBlock, TransformerBlock
-from .gains import GAIN_NAMES, GAIN_SCHEMES, HeadGain, check_head_gain
+from .gains import GAIN_NAMES, GAIN_SCHEMES
 from .methods import METHODS, build_blocks, resolve_wiring
 
 KINDS = ("decoder", "encoder")

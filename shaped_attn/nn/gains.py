@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import Gain
-from ..checks import check_choice, check_number, check_size
+from ..checks import check_choice, check_head_gain, check_number, check_size
 from .initialization import Initialized, Law, constant
 
 GAIN_NAMES = ("identity_gain", "softmax_gain", "center_gain")
 GAIN_SCHEMES = ("fixed", "learn", "recover")
-
-HeadGain = float | tuple[float, ...]
-"""Start value of a gain: one number, or one per head."""
 
 
 class ShapingGains(Initialized, nn.Module):
@@ -149,20 +146,6 @@ def anneal_gains(module: nn.Module, fraction: float) -> None:
         )
     for gains in annealed:
         gains.fraction.fill_(fraction)
-
-
-def check_head_gain(name: str, gain: float | Sequence[float] | Tensor, heads: int) -> HeadGain:
-    """Return the start value of a gain: a finite number as float, one per head as tuple."""
-    if isinstance(gain, Tensor):
-        gain = gain.tolist()
-    if not isinstance(gain, (list, tuple)):
-        return check_number(name, gain)
-    if len(gain) != heads:
-        raise ValueError(
-            f"{name} must be a number or {heads} numbers, one per head, got {len(gain)} of them. "
-            "Give one number for all heads, or one for each."
-        )
-    return tuple(check_number(name, value) for value in gain)
 
 
 def check_learned_gains(names: Sequence[str]) -> tuple[str, ...]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..checks import (
     check_choice,
     check_flag,
+    check_head_gain,
     check_int,
     check_number,
-    check_numbers,
     check_positive,
     check_size,
     fail,
@@ -136,9 +136,9 @@ class BlockSettings:
             fail(TypeError, "detuning", "must be a Detuning", got, remedy)
         for name, value in vars(self.detuning).items():
             check_number(f"detuning.{name}", value)
-        self._set("softmax_gain", self._check_head_gain("softmax_gain", self.softmax_gain))
+        self._set("softmax_gain", check_head_gain("softmax_gain", self.softmax_gain, self.heads))
         center_gain = self.softmax_gain if self.center_gain is None else self.center_gain
-        self._set("center_gain", self._check_head_gain("center_gain", center_gain))
+        self._set("center_gain", check_head_gain("center_gain", center_gain, self.heads))
         if self.skip_gain is None:
             size = (self.identity_gain if self.attention else 1.0) * self.branch_gain
             if abs(size) > 1:
@@ -158,16 +158,6 @@ class BlockSettings:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-
-    def _check_head_gain(self, name: str, gain: Any) -> float | tuple[float, ...]:
-        if isinstance(gain, Tensor):
-            gain = gain.tolist()
-        if not isinstance(gain, Sequence) or isinstance(gain, str):
-            return check_number(name, gain)
-        if len(gain) != self.heads:
-            rule = f"must be one number, or one for each of the {self.heads} heads"
-            fail(ValueError, name, rule, f"{len(gain)} numbers", "Give as many as heads.")
-        return check_numbers(name, gain)
 
     def _check_matrices(self) -> None:
         for name in ("attn_mask", "prior"):

@@ -211,9 +211,9 @@ ERRORS = [
     ({"heads": 2.0}, "heads ... an int"),
     (
         {"heads": 3, "softmax_gain": (1.0, 2.0)},
-        "softmax_gain ... one for each of the 3 heads ... got 2 numbers ... as many as heads",
+        "softmax_gain ... a number or 3 numbers, one per head ... got 2 of them ... for each",
     ),
-    ({"heads": 2, "center_gain": [1.0]}, "center_gain ... one for each of the 2 heads"),
+    ({"heads": 2, "center_gain": [1.0]}, "center_gain ... a number or 2 numbers"),
     ({"heads": 2, "softmax_gain": (1.0, math.nan)}, "softmax_gain ... must be finite"),
     ({"heads": 1, "softmax_gain": torch.ones(1, 1)}, "softmax_gain ... must be a number"),
     ({"softmax_gain": "1"}, "softmax_gain ... must be a number"),

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from ...checks import check_choice_or_number, check_flag
-from ...nn.gains import GAIN_NAMES, ShapingGains, check_head_gain
+from ...checks import check_choice_or_number, check_flag, check_head_gain
+from ...nn.gains import GAIN_NAMES, ShapingGains
 from .attention import (
     ATTENTION,
     GAINS,

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...nn.gains import GAIN_NAMES, check_head_gain
+from ...checks import check_head_gain
+from ...nn.gains import GAIN_NAMES
 from .attention import REFUSED, refuse
 
 # Attributes of an attention module that, unless None, will end in a refused argument.
