@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_shape
+from ..checks import check_kind, check_shape
 from .block import make_norm, normalize
 from .cache import KeyValueCache
 from .config import ShapedTransformerConfig
@@ -131,12 +131,8 @@ class ShapedTransformer(GenerationMixin, SavingMixin, Initialized, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(config, ShapedTransformerConfig):
-            raise TypeError(
-                f"config must be a ShapedTransformerConfig, got {type(config).__name__}. "
-                "Make one, for example with ShapedTransformerConfig.from_dict."
-            )
-        self.config = config
+        remedy = "Make one, for example with ShapedTransformerConfig.from_dict."
+        self.config = check_kind("config", config, ShapedTransformerConfig, remedy)
         factory = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(config.vocab_size, config.width, **factory)
         self.position_embedding = None

@@ -614,9 +614,9 @@ def test_wrong_arguments(error, match, options):
 
 
 def test_not_a_model():
-    with pytest.raises(TypeError, match="model must be a transformers.PreTrainedModel, got Linear"):
+    with pytest.raises(TypeError, match="model must be a PreTrainedModel, got Linear"):
         apply_shaped_attention(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="config must be a transformers.PreTrainedConfig"):
+    with pytest.raises(TypeError, match="config must be a PreTrainedConfig"):
         configure_shaped_attention(build("llama"))
 
 

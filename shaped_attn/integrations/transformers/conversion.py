@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from ...checks import check_choice_or_number, check_flag, check_head_gain
+from ...checks import check_choice_or_number, check_flag, check_head_gain, check_kind
 from ...nn.gains import GAIN_NAMES, ShapingGains
 from .attention import (
     ATTENTION,
@@ -23,6 +23,7 @@ from .attention import (
 from .models import attention_modules, check_model, query_heads, refuse_without_interface
 
 SCALES = ("width", "standard")
+_NO_MODEL = "Pass the model itself, not its name, its config or a wrapper of it."
 
 
 def apply_shaped_attention(
@@ -75,7 +76,7 @@ def apply_shaped_attention(
         >>> model.model.layers[0].self_attn.shaped_gains.identity_gain.shape
         torch.Size([4])
     """
-    _check_type(model)
+    check_kind("model", model, PreTrainedModel, _NO_MODEL)
     choice = _checked(identity_gain, softmax_gain, center_gain, scale, trainable_gains, annealable)
     if trainable_gains and not torch.is_grad_enabled():
         raise ValueError(
@@ -116,11 +117,8 @@ def configure_shaped_attention(config: PreTrainedConfig, **choice: Any) -> PreTr
         TypeError, ValueError: as in `apply_shaped_attention`; what concerns the model is raised
             when it is built.
     """
-    if not isinstance(config, PreTrainedConfig):
-        raise TypeError(
-            f"config must be a transformers.PreTrainedConfig, got {type(config).__name__}. "
-            "For a model that exists, call apply_shaped_attention."
-        )
+    remedy = "For a model that exists, call apply_shaped_attention."
+    check_kind("config", config, PreTrainedConfig, remedy)
     choice = _checked(**choice)
     _write(config, choice)
     for part in _sub_configs(config):
@@ -145,7 +143,7 @@ def remove_shaped_attention(model: PreTrainedModel) -> PreTrainedModel:
         TypeError: ``model`` is no `transformers.PreTrainedModel`.
         ValueError: it has no shaped attention, or one that plain attention does not reproduce.
     """
-    _check_type(model)
+    check_kind("model", model, PreTrainedModel, _NO_MODEL)
     found = {
         path: module for path, module in model.named_modules() if isinstance(module, ShapedGains)
     }
@@ -250,14 +248,6 @@ def _check_forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
             "Set it back with model.set_attn_implementation, or call remove_shaped_attention."
         )
     refuse_output_attentions(kwargs)
-
-
-def _check_type(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}. "
-            "Pass the model itself, not its name, its config or a wrapper of it."
-        )
 
 
 def _attach(model: PreTrainedModel, choice: dict) -> None:
