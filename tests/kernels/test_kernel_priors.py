@@ -9,6 +9,7 @@ from shaped_attn import reference
 from shaped_attn.arguments import Gains
 from shaped_attn.kernels.attention import Needs, attention_bwd, attention_fwd
 from shaped_attn.kernels.priors import Prior
+from shaped_attn.priors import PriorTable
 from shaped_attn.testing import (
     Case,
     assert_within_spread,
@@ -61,14 +62,12 @@ def test_a_prior_enters_forward_and_backward(dtype, bound, is_causal, center_gai
     needs = Needs(gains=True, scale=True)
     found = attention_bwd(d_out.to(device), None, *arguments, *saved[2:], **hook, needs=needs)
 
-    log_prior = log_decay(rates, 40, 50, 10)
+    prior = PriorTable("dense", log_decay(rates, 40, 50, 10))
 
     def exact():
         leaves = [x.double().requires_grad_() for x in (q, k, v)]
         weights = [torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in gains]
-        out, lse = reference.attention(
-            *leaves, None, Gains(*weights), visibility, log_prior=log_prior
-        )
+        out, lse = reference.attention(*leaves, None, Gains(*weights), visibility, prior=prior)
         leaves += [x for name, x in zip(Gains._fields, weights, strict=True) if name != "skip"]
         found = torch.autograd.grad(out, leaves, d_out.double())
         names = ("q", "k", "v", "identity", "softmax", "center", "branch", "scale")
