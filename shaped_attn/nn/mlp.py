@@ -107,12 +107,7 @@ class MLP(Initialized, nn.Module):
 
         Args:
             x: (..., width), dtype of the parameters unless under autocast.
-            residual: shape of x, dtype of x or a wider one, which the result then has; autocast
-                does not narrow it. Default None: no such term.
-            skip_gain: number or Tensor of shape (), weight of ``residual``. Default 1.0, the only
-                value without a residual.
-            branch_gain: number or Tensor of shape (), weight of the rest. Default 1.0. Numbers are
-                mixed in the epilogue of the last product.
+            residual, skip_gain, branch_gain: as in `Projection`, with the shape of x.
 
         Raises:
             ValueError: shapes do not fit.
