@@ -132,9 +132,7 @@ def main() -> None:
     parser.add_argument("--paths", type=int, default=4096)
     parser.add_argument("--cells", type=int, default=9, help="of the map, along each side")
     parser.add_argument("--tokens", type=int, default=64, help="of the token kernels")
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=[1, 12, 36], help="to show of them"
-    )
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 12, 36], help="to show")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "figures")
     arguments = parser.parse_args()

@@ -161,3 +161,15 @@ def test_svg_has_the_colours_of_its_page():
 def test_svg_wants_a_figure():
     with pytest.raises(TypeError, match="figure must be a Figure, got NoneType"):
         plots.svg(None, "nothing")
+
+
+def test_the_example_draws_its_figures(tmp_path):
+    said = python(
+        *(REPO / "examples/figures.py", "--only", "covariance", "stopping_times", "token_kernels"),
+        *("--width", 8, "--networks", 16, "--paths", 64, "--cells", 2),
+        *("--tokens", 8, "--layers", 1, 3, "--output", tmp_path),
+        path=[REPO],
+    )
+    names = {"covariance.png", "densities.png", "stopping_times.png", "token_kernels.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert "E-SPA, repeated tokens: mean correlation 0." in said

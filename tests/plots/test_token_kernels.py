@@ -1,17 +1,13 @@
 """The figure of token kernels: that it shows the numbers it should."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from fresh_python import python
 
 from shaped_attn import plots
 from shaped_attn.priors import ESPA, USPA
 from shaped_attn.sde.token_kernel import input_kernel, propagate
 
-REPO = Path(__file__).resolve().parents[2]
 TOKENS, LAYERS = 6, 5
 
 
@@ -106,10 +102,3 @@ def test_arguments(propagations):
     ):
         with pytest.raises(error, match=message):
             plots.plot_token_kernels(*arguments)
-
-
-def test_the_example_draws_its_figure(tmp_path):
-    sizes = ["--tokens", "8", "--layers", "1", "3"]
-    said = python(REPO / "examples/spa_figures.py", *sizes, "--output", tmp_path, path=[REPO])
-    assert (tmp_path / "token_kernels.png").read_bytes().startswith(b"\x89PNG")
-    assert "E-SPA, repeated tokens: mean correlation 0." in said
