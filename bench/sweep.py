@@ -106,8 +106,6 @@ def hopper_candidates(kernel: str, dim: int, present: tuple) -> Iterator[tuple]:
         for sizes, row_sums in itertools.product(tiles, ("product", "packed")):
             yield present._replace(**dict(zip(names, sizes, strict=True)), row_sums=row_sums)
         yield present._replace(takes_turns=not present.takes_turns)
-        for schedule in ("grid", "rounds", "dynamic"):
-            yield present._replace(schedule=schedule)
         return
     consumers, blocks = (2, 3), (64, 128)
     if kernel == "fused":  # whose two consumers sum a half of dq each, of 64 times 64
@@ -132,8 +130,8 @@ class Family(NamedTuple):
 
 
 BEFORE = ("attention_fwd_kernel", "attention_bwd_preprocess_kernel")
-# The sums of v also set the counter from which programs take their tiles.
-HOPPER_SUMS = ("value_sums_kernel", "value_sums_by_key_kernel", "value_prefix_kernel")
+# Of the Hopper family they also set the counter from which programs take their tiles.
+VALUE_SUMS = ("value_sums_kernel", "value_sums_by_key_kernel", "value_prefix_kernel")
 FAMILIES = {
     "portable": Family(
         {
@@ -141,17 +139,17 @@ FAMILIES = {
             "dkdv": ("attention_bwd_dkdv_kernel",),
             "dq": ("attention_bwd_dq_kernel",),
         },
-        ("value_block_sums_kernel", *BEFORE),
+        (*VALUE_SUMS, *BEFORE),
         "kernels/configs.py",
     ),
     "hopper": Family(
         {
-            "forward": (*HOPPER_SUMS, "attention_fwd_kernel"),
+            "forward": (*VALUE_SUMS, "attention_fwd_kernel"),
             "dkdv": ("attention_bwd_dkdv_kernel",),
             "dq": ("attention_bwd_dq_kernel",),
             "fused": ("attention_bwd_dkdv_kernel", "convert_dq_kernel"),
         },
-        (*HOPPER_SUMS, "value_block_sums_kernel", *BEFORE),
+        (*VALUE_SUMS, *BEFORE),
         "kernels/hopper/tiles.py",
     ),
 }
@@ -320,11 +318,11 @@ def check(row: dict, length: int = 512, device: str = "cuda") -> dict[str, Any]:
 def form_of(found: launch.Launch) -> str:
     """Which form of a kernel a launch is of."""
     if "C" in found.constants:
-        return getattr(found.constants["C"].shape, "form", "")
+        return ""
     name = found.kernel.fn.__name__
     if name.startswith(("value", "convert")):  # runs beside the kernel
         return name.removesuffix("_kernel")
-    return "bounded" if found.constants.get("BOUNDED") else ""
+    return {True: "bounded", False: "running"}.get(found.constants.get("BOUNDED"), "")
 
 
 def compile_only(row: dict, arch: int | str) -> dict[str, Any]:
@@ -369,7 +367,8 @@ def time_group(
         try:
             with trying(row, before=True) as kept:
                 out, _ = ours(row, *leaves, **options)
-                torch.autograd.grad(out, leaves, d_out)
+                if row["kernel"] != "forward":
+                    torch.autograd.grad(out, leaves, d_out)
             calls.append((answer, mask, kept))
         except Exception as error:
             answer["reason"] = in_words(error)
@@ -483,7 +482,7 @@ def source(config: Any) -> str:
 def lines_to_paste(rows: list[dict], masks: list[str], gpu: str) -> list[str]:
     """Entries for the tables: the fastest, where they are not by mask by the mean over the masks.
 
-    The Hopper forward has one entry for both masks, and the schedule by mask in `forward_tile`.
+    The Hopper forward has one entry for both masks.
     """
     entries: dict[str, list[str]] = {}
     for (kernel, variant, dim, mask), group in groups_of(rows):

@@ -95,6 +95,7 @@ _Tiles = dict[str, dict[int, TileConfig | tuple[int, ...]]]
 _ONE_STAGE = partial(TileConfig, masked_stages=1)
 _POINTERS = partial(TileConfig, use_descriptors=False)
 _H100 = partial(_ONE_STAGE, measured_on="H100")
+_H200 = partial(TileConfig, measured_on="H200")
 
 _SM80_16BIT: _Tiles = {
     "forward": {64: _ONE_STAGE(128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
@@ -116,7 +117,11 @@ _SM90_16BIT: _Tiles = {
     "forward plain": {128: _H100(128, 64, 8, 3, row_sums="product")},
     "forward weighed": {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
     "forward prior": {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
-    "preprocess": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
+    "preprocess": {
+        64: _H200(64, 64, 4, 1, max_registers=128),
+        128: _H200(64, 64, 8, 1, max_registers=128),
+        256: (32, 64, 8, 1),
+    },
     "dkdv": {
         64: _H100(64, 64, 4, 2, max_registers=168),
         128: _H100(64, 64, 4, 2),

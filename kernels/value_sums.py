@@ -181,7 +181,7 @@ class ValueSums:
 
     def __init__(self, call: Call, config: TileConfig) -> None:
         B, HKV, S, DV = call.v.shape
-        blocks, self.sums = _of_blocks(value_sums_kernel, call, config.sum_block, num_warps=4)
+        blocks, self.sums = _of_blocks(value_sums_kernel, call, config.sum_block, num_warps=2)
         self.shape = (B, HKV, blocks + 1, DV)
         programs = B * HKV * triton.cdiv(DV, _COLUMNS_AT_ONCE.value)
         config = TileConfig(_BLOCKS_AT_ONCE.value, _COLUMNS_AT_ONCE.value, 4, 1)

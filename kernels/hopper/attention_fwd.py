@@ -94,7 +94,6 @@ class ForwardShape(Shape):
         is_centered, has_identity: which terms there are.
         residual: "none", "tile" (by TMA, of the dtype of q), or "direct".
         saves: whether the backward's tensors are written.
-        is_dynamic: a program takes its next tile from a counter, not its share of the rounds.
     """
 
     consumers: int
@@ -106,7 +105,6 @@ class ForwardShape(Shape):
     has_identity: bool
     residual: str
     saves: bool
-    is_dynamic: bool
 
     @property
     def block_t(self) -> int:
@@ -260,14 +258,6 @@ def _tile_full(bars, i, C: gl.constexpr):
 
 
 @gluon.jit
-def _tile_in_rounds(i):
-    """This program's tile i: dealt in rounds, every second round in reverse."""
-    programs = gl.num_programs(0)
-    pid = gl.program_id(0)
-    return i * programs + gl.where(i % 2 == 1, programs - 1 - pid, pid)
-
-
-@gluon.jit
 def _announce(memory, tile, i, C: gl.constexpr):
     """Tell the consumers the number of this program's tile i.
 
@@ -283,13 +273,9 @@ def _announce(memory, tile, i, C: gl.constexpr):
 @gluon.jit
 def _announced(memory, i, C: gl.constexpr):
     """Number of this program's tile i; past the last one when there are no more."""
-    if C.is_dynamic:
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        mbarrier.wait(_tile_full(memory.bars, i, C), i // 2 & 1)
-        tile = gl.max(memory.tiles.index(i % 2).load(layout), 0)
-    else:
-        tile = _tile_in_rounds(i)
-    return tile
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(_tile_full(memory.bars, i, C), i // 2 & 1)
+    return gl.max(memory.tiles.index(i % 2).load(layout), 0)
 
 
 @gluon.jit
@@ -441,19 +427,17 @@ def _load_tile(descriptors, memory, where, sizes, g, turn, C: gl.constexpr):
 def _producer(every, c: gl.constexpr, C: gl.constexpr):
     g = 0
     i = 0
-    tile = _tile_in_rounds(0)
+    tile = gl.program_id(0)
     while tile < every.sizes.tiles:
-        if C.is_dynamic:
-            # Asked for ahead of the loads, which hide how long it takes.
-            following = gl.num_programs(0) + gl.atomic_add(every.pointers.counter, 1)
-            _announce(every.memory, tile, i, C)
+        # Asked for ahead of the loads, which hide how long it takes.
+        following = gl.num_programs(0) + gl.atomic_add(every.pointers.counter, 1)
+        _announce(every.memory, tile, i, C)
         where = _place(tile, every.visibility, every.sizes, C)
         _load_tile(every.descriptors, every.memory, where, every.sizes, g, i, C)
         g += where.blocks
         i += 1
-        tile = following if C.is_dynamic else _tile_in_rounds(i)
-    if C.is_dynamic:
-        _announce(every.memory, tile, i, C)
+        tile = following
+    _announce(every.memory, tile, i, C)
 
 
 # ------------------------------------------------------------------------------------- consumer
@@ -908,10 +892,8 @@ def attention_fwd_kernel(
         ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, C.block_s], C.dtype)
         one = gl.full([8, C.block_s], 1.0, C.dtype, one_layout)
         ones = gl.allocate_shared_memory(C.dtype, [8, C.block_s], ones_layout, one)
-    tiles_smem = bars
-    if C.is_dynamic:
-        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-        tiles_smem = gl.allocate_shared_memory(gl.int32, [2, 1], flat)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    tiles_smem = gl.allocate_shared_memory(gl.int32, [2, 1], flat)
     memory = Memory(rows, blocks, ones, tiles_smem, bars)
     for i in gl.static_range(4 * C.consumers):
         mbarrier.init(bars.index(i), count=1)
@@ -1000,11 +982,10 @@ class ForwardPlan:
         shape = self.shape
         seen, gains = visibility_arguments(visibility), tuple(gains)
         marks = torch.empty(self.marks, dtype=torch.int32, device=q.device)
-        counter = value_sums = sums_by_key = None
-        if shape.is_dynamic:
-            # The prepass sets it to 0, if there is one.
-            allocate = torch.zeros if self.value_sums is None else torch.empty
-            counter = allocate(1, dtype=torch.int32, device=q.device)
+        value_sums = sums_by_key = None
+        # The prepass sets it to 0, if there is one.
+        allocate = torch.zeros if self.value_sums is None else torch.empty
+        counter = allocate(1, dtype=torch.int32, device=q.device)
         if self.value_sums is not None:
             value_sums = self.value_sums(call, counter)
         if self.sums_by_key is not None:
@@ -1059,7 +1040,6 @@ def _first_launch(
         has_identity=call.has_identity,
         residual="none" if residual is None else "tile" if fits else "direct",
         saves=saves,
-        is_dynamic=tile.schedule == "dynamic",
         group=H // HKV,
         gain_is_tensor=gain_is_tensor,
     )
@@ -1073,7 +1053,7 @@ def _first_launch(
     )
     return shape, launch.Launch(
         attention_fwd_kernel,
-        tiles if tile.schedule == "grid" else min(launch.multiprocessors(q), tiles),
+        min(launch.multiprocessors(q), tiles),
         (
             gain_strides,
             launch.strides(v if shape.gathers_own else None),

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import triton
@@ -28,12 +27,10 @@ from ...visibility import Visibility
 from ..attention import Needs, attention_bwd, attention_fwd
 from ..compile_gate import SHARED_MEMORY, Compiled, compiling_for, number_in
 from ..families import triton_release, use_family
-from . import attention_fwd as forward
-from .tiles import WIDTHS, forward_tile
+from .tiles import WIDTHS
 
 _ARCH = 90
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_KEYS = 4096
 
 
 class Case(NamedTuple):
@@ -47,8 +44,8 @@ class Case(NamedTuple):
     width: int
     is_causal: bool
     terms: str
-    schedule: str = "as measured"
     is_deterministic: bool = True
+    length: int = 16384
 
 
 def cases() -> Iterator[Case]:
@@ -58,7 +55,8 @@ def cases() -> Iterator[Case]:
             yield Case("bf16", width, is_causal, terms)
         yield Case("fp16", width, is_causal, "learned")
         yield Case("bf16", width, is_causal, "fixed", is_deterministic=False)
-        yield Case("bf16", width, is_causal, "fixed", schedule="dynamic")
+    for is_causal in (True, False):  # two consumers
+        yield Case("bf16", 64, is_causal, "fixed", length=1024)
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,8 @@ def compile_case(case: Case) -> list[Row]:
     def tensor(*shape, dtype=_DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, d_out = (tensor(B, H, _KEYS, case.width) for _ in range(2))
-    k, v = (tensor(B, HKV, _KEYS, case.width) for _ in range(2))
+    q, d_out = (tensor(B, H, case.length, case.width) for _ in range(2))
+    k, v = (tensor(B, HKV, case.length, case.width) for _ in range(2))
     is_learned = case.terms == "learned"
     gains: tuple = (0.9, 1.1, 0.8, 0.7, 0.4, 0.01)
     if case.terms == "plain":
@@ -151,17 +149,7 @@ def compile_case(case: Case) -> list[Row]:
     residual = None if case.terms == "plain" else q
     arguments = (q, k, v, residual, gains, visibility)
     needs = Needs(residual=residual is not None, gains=is_learned, scale=is_learned)
-
-    def tile(*of):
-        found = forward_tile(*of)
-        is_measured = case.schedule == "as measured"
-        return found if is_measured else found._replace(schedule=case.schedule)
-
-    with (
-        compiling_for(_ARCH) as compiled,
-        use_family("hopper"),
-        mock.patch.object(forward, "forward_tile", tile),
-    ):
+    with compiling_for(_ARCH) as compiled, use_family("hopper"):
         saved = attention_fwd(*arguments, save_for_backward=True)
         attention_bwd(
             d_out,
@@ -176,7 +164,7 @@ def compile_case(case: Case) -> list[Row]:
 
 def _name(case: Case, function: str, shape) -> str:
     if function == "attention_fwd_kernel":
-        return f"forward {shape.form}" + (" dynamic" if shape.is_dynamic else "")
+        return "forward"
     if function == "attention_bwd_dkdv_kernel" and not (shape.makes_dk and shape.makes_dv):
         return "dk" if shape.makes_dk else "dv"
     name = function.removeprefix("attention_bwd_").removesuffix("_kernel")
@@ -215,10 +203,10 @@ class Prototype(NamedTuple):
 
 # By kernel, width, and whether causal. Loops may be 5 % longer; those that spill were measured so.
 PROTOTYPES = {
-    ("forward fixed", 64, True): Prototype(335),
-    ("forward fixed", 64, False): Prototype(336),
-    ("forward fixed", 128, True): Prototype(477),
-    ("forward fixed", 128, False): Prototype(479),
+    ("forward", 64, True): Prototype(335),
+    ("forward", 64, False): Prototype(336),
+    ("forward", 128, True): Prototype(477),
+    ("forward", 128, False): Prototype(479),
     ("dkdv", 64, True): Prototype(307),
     ("dkdv", 64, False): Prototype(557, spills=True),
     ("dkdv", 128, True): Prototype(342),

@@ -1,4 +1,4 @@
-"""Tiles of the Hopper kernels: those of the fastest prototypes on an H100, by release of Triton.
+"""Tiles of the Hopper kernels by release of Triton: the fastest on an H200, or on an H100 once.
 
 The assembler that comes with Triton 3.9 needs more registers: tiles that spill there are others.
 """
@@ -18,24 +18,18 @@ MOST_COLUMNS_AT_ONCE = 128
 
 
 class ForwardTile(NamedTuple):
-    """Tile of the forward; fields as in `ForwardShape`.
-
-    schedule: how programs come to their tiles. "grid" gives each one tile; "rounds" deals tiles to
-    as many programs as there are multiprocessors, which hides the ends of tiles but not that causal
-    ones differ in length; "dynamic" lets these programs take tiles from a counter (not measured).
-    """
+    """Tile of the forward; fields as in `ForwardShape`."""
 
     consumers: int
     block_s: int
     stages: int
     row_sums: str
     takes_turns: bool
-    schedule: str = "rounds"
 
 
 _FORWARD = {
     64: ForwardTile(3, 128, 3, "product", True),
-    128: ForwardTile(2, 128, 2, "packed", True),
+    128: ForwardTile(2, 128, 2, "product", True),
     256: ForwardTile(2, 64, 2, "packed", True),  # not measured
 }
 _FORWARD_3_9 = _FORWARD | {64: ForwardTile(3, 64, 4, "product", True)}
@@ -93,15 +87,16 @@ def width_of(head_dim: int, value_dim: int) -> int:
     return next(width for width in WIDTHS if width >= max(head_dim, value_dim))
 
 
-# Keys up to which the ends of causal tiles cost more than their differences in length.
-_MOST_KEYS_IN_ROUNDS = 2048
+# By whether there is a causal mask: keys up to which width 64 has two consumers. Tiles are short
+# then, and of two the instruction cache holds all code.
+_MOST_KEYS_OF_TWO = {True: 4096, False: 1024}
 
 
 def forward_tile(width: int, is_causal: bool, keys: int) -> ForwardTile:
     """Tile of the forward for one width."""
     tile = (_FORWARD if triton_release() < (3, 9) else _FORWARD_3_9)[width]
-    is_long = is_causal and keys > _MOST_KEYS_IN_ROUNDS
-    return tile._replace(schedule="grid") if is_long else tile
+    has_two = width == 64 and keys <= _MOST_KEYS_OF_TWO[is_causal]
+    return tile._replace(consumers=2) if has_two else tile
 
 
 def marked_tile(width: int) -> TileConfig:

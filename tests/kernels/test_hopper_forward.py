@@ -117,26 +117,22 @@ def test_forward_in_float16(name, hopper, device):
 
 
 @contextlib.contextmanager
-def scheduled(schedule: str):
-    """Three programs share the tiles, by rounds or from a counter, or each tile has its own."""
-    from shaped_attn.kernels.hopper import attention_fwd
-
-    def forward_tile(*arguments):
-        return tiles.forward_tile(*arguments)._replace(schedule=schedule)
-
+def shared_by(programs: int, most_keys_of_two: int = 4096):
+    """So many programs take the tiles; up to so many keys width 64 has two consumers."""
+    most_keys = dict.fromkeys((True, False), most_keys_of_two)
     with (
-        mock.patch.object(launch, "multiprocessors", lambda tensor: 3),
-        mock.patch.object(attention_fwd, "forward_tile", forward_tile),
+        mock.patch.object(launch, "multiprocessors", lambda tensor: programs),
+        mock.patch.object(tiles, "_MOST_KEYS_OF_TWO", most_keys),
     ):
         yield
 
 
 @pytest.mark.parametrize("kind", ["fixed", "plain"])
 @pytest.mark.parametrize("name", ["ragged_causal", "left_padding", "ragged_full", "widest_full"])
-def test_bits_do_not_depend_on_the_schedule(name, kind, hopper, device):
+def test_bits_do_not_depend_on_who_takes_a_tile(name, kind, hopper, device):
     found = []
-    for seed, schedule in enumerate(("grid", "rounds", "dynamic", "dynamic")):
-        with scheduled(schedule):
+    for seed, (programs, most_keys) in enumerate(((1, 0), (2, 4096), (3, 0), (3, 4096))):
+        with shared_by(programs, most_keys):
             case = of_dtype(CASES[name], BF16)
             found.append(compare(hopper, device, case, kind, seed=seed, interleave=1 + seed % 3))
     first, *others = found
@@ -242,7 +238,7 @@ def test_no_synchronisation_can_be_left_out(hopper):
     from shaped_attn.kernels.hopper.attention_fwd import attention_fwd_kernel
 
     def results(
-        head_dim: int, residual_dtype: torch.dtype, keys: int = 560, schedule="dynamic", **draw
+        head_dim: int, residual_dtype: torch.dtype, keys: int = 560, most_keys=0, **draw
     ) -> list[torch.Tensor]:
         case = Case(
             *(1, 2, 1, 530, keys, head_dim),
@@ -252,7 +248,7 @@ def test_no_synchronisation_can_be_left_out(hopper):
         )
         inputs = make_inputs(case, scale=0.125, device="cpu", **draw)
         gains = (0.7, 1.1, 0.9, 0.8, 0.6, 0.125)
-        with scheduled(schedule), hopper():
+        with shared_by(3, most_keys), hopper():
             return list(
                 attention.attention_fwd(
                     *inputs, gains, Visibility(True, keys - 530), save_for_backward=True
@@ -261,7 +257,7 @@ def test_no_synchronisation_can_be_left_out(hopper):
 
     calls = [
         {"head_dim": 128, "residual_dtype": BF16},
-        {"head_dim": 64, "residual_dtype": torch.float32, "schedule": "rounds"},
+        {"head_dim": 64, "residual_dtype": torch.float32, "most_keys": 4096},
         {"head_dim": 64, "residual_dtype": BF16, "logit_std": 300.0},
         {"head_dim": 64, "residual_dtype": BF16, "keys": 60},
         {"head_dim": 256, "residual_dtype": BF16, "keys": 60},

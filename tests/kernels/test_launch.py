@@ -161,8 +161,8 @@ def test_the_alignment_of_what_was_saved_is_in_the_signature():
                 backward(d_out, None, q, k, v, **given, is_causal=True)
                 return list(compilations)
 
-            assert len(through_triton_in_backward(saved[0])) == 4
+            assert len(through_triton_in_backward(saved[0])) == 5
             assert through_triton_in_backward(saved[0]) == []
             shifted = saved[0].new_empty(saved[0].numel() + 1)[1:].view(saved[0].shape)
-            assert len(through_triton_in_backward(shifted)) == 4
+            assert len(through_triton_in_backward(shifted)) == 5
     """)
