@@ -32,7 +32,10 @@ _FORWARD = {
     128: ForwardTile(2, 128, 2, "product", True),
     256: ForwardTile(2, 64, 2, "packed", True),  # not measured
 }
-_FORWARD_3_9 = _FORWARD | {64: ForwardTile(3, 64, 4, "product", True)}
+_FORWARD_3_9 = _FORWARD | {
+    64: ForwardTile(3, 64, 4, "product", True),
+    128: ForwardTile(2, 128, 2, "packed", True),
+}
 
 
 class DkdvTile(NamedTuple):
@@ -87,16 +90,17 @@ def width_of(head_dim: int, value_dim: int) -> int:
     return next(width for width in WIDTHS if width >= max(head_dim, value_dim))
 
 
-# By whether there is a causal mask: keys up to which width 64 has two consumers. Tiles are short
-# then, and of two the instruction cache holds all code.
+# For width 64 and, by whether there is a causal mask, up to so many keys: tiles are short then, and
+# the instruction cache holds all code of two consumers.
+_FORWARD_OF_TWO = ForwardTile(2, 128, 3, "product", True)
 _MOST_KEYS_OF_TWO = {True: 4096, False: 1024}
 
 
 def forward_tile(width: int, is_causal: bool, keys: int) -> ForwardTile:
     """Tile of the forward for one width."""
-    tile = (_FORWARD if triton_release() < (3, 9) else _FORWARD_3_9)[width]
-    has_two = width == 64 and keys <= _MOST_KEYS_OF_TWO[is_causal]
-    return tile._replace(consumers=2) if has_two else tile
+    if width == 64 and keys <= _MOST_KEYS_OF_TWO[is_causal]:
+        return _FORWARD_OF_TWO
+    return (_FORWARD if triton_release() < (3, 9) else _FORWARD_3_9)[width]
 
 
 def marked_tile(width: int) -> TileConfig:
