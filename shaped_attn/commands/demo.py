@@ -495,6 +495,7 @@ def render(metrics: Mapping[str, Any], figures: Mapping[str, Mapping[str, str]])
     templates.filters["number"] = lambda x: x if isinstance(x, str) else fidelity.format_error(x)
     templates.filters["decimals"] = lambda x: x if isinstance(x, str) else f"{x:.3f}"
     templates.filters |= {"distance": _distance, "label": fidelity.label, "prose": _prose}
+    templates.filters["general"] = "{:g}".format
     environment_lines = environment.lines(metrics["environment"])
     template = templates.get_template("demo.html.jinja")
     return template.render(metrics, figures=figures, environment_lines=environment_lines)
