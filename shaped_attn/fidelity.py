@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import testing
+from .checks import check_choice
 from .functional import shaped_attention
 from .validation import GAIN_NAMES
 from .watchdog import Job, in_turn
@@ -56,9 +57,8 @@ _GAINS = {
     "branch_gain": 0.5,
 }
 
-
-# Softmax minus mean alone: what the operator returns is the centred term.
-_CENTRED = {"identity_gain": 0.0, "is_causal": True}
+_Row = tuple[str, float, float | None, float]
+"""Quantity, error, composed_error and budget of a `Measurement`."""
 
 
 @dataclass(frozen=True)
@@ -115,37 +115,17 @@ class FidelityReport:
         return {"settings": self.settings, "seconds": self.seconds, "measurements": rows}
 
 
-@dataclass(frozen=True)
-class Table:
-    """Measurements of one implementation, dtype and regime.
+def tables(report: FidelityReport) -> list[list[list[Measurement]]]:
+    """Group the measurements of a report for printing, in the order in which they were made.
 
-    A row is a quantity, a column a standard deviation of the logits.
+    A table is of one implementation, dtype and regime, a row in it of one quantity. Its columns are
+    standard deviations of the logits.
     """
-
-    impl: str
-    dtype: str
-    regime: str
-    length: int
-    family: str | None
-    logit_stds: tuple[float, ...]
-    rows: tuple[tuple[str, tuple[Measurement, ...]], ...]
-
-
-def tables(report: FidelityReport) -> list[Table]:
-    """Group the measurements of a report for printing, in the order in which they were made."""
-    groups: dict[tuple[str, str, str], list[Measurement]] = {}
+    groups: dict[tuple[str, str, str], dict[str, list[Measurement]]] = {}
     for m in report.measurements:
-        groups.setdefault((m.impl, m.dtype, m.regime), []).append(m)
-    result = []
-    for (impl, dtype, regime), group in groups.items():
-        logit_stds = tuple(dict.fromkeys(m.logit_std for m in group))
-        rows = tuple(
-            (quantity, tuple(m for m in group if m.quantity == quantity))
-            for quantity in dict.fromkeys(m.quantity for m in group)
-        )
-        length, family = group[0].length, group[0].family
-        result.append(Table(impl, dtype, regime, length, family, logit_stds, rows))
-    return result
+        rows = groups.setdefault((m.impl, m.dtype, m.regime), {})
+        rows.setdefault(m.quantity, []).append(m)
+    return [list(rows.values()) for rows in groups.values()]
 
 
 def format_error(value: float) -> str:
@@ -163,13 +143,6 @@ def format_error(value: float) -> str:
 def label(quantity: str) -> str:
     """Name of a quantity as printed: ``grad identity_gain`` without the suffix."""
     return quantity.removesuffix("_gain")
-
-
-def default_length(impl: str, device: torch.device) -> int:
-    """Sequence length of a check: short where the interpreter runs the kernels."""
-    if impl == "triton" and device.type == "cpu":
-        return 128
-    return 512
 
 
 def measure(
@@ -215,9 +188,10 @@ def measure(
             under that name.
     """
     device = torch.device(device)
-    _check_names("impls", impls, ("triton", "torch", "reference"))
-    _check_names("dtypes", dtypes, DTYPES)
-    _check_names("regimes", regimes, REGIMES)
+    known = {"impls": ("triton", "torch", "reference"), "dtypes": DTYPES, "regimes": REGIMES}
+    for name, values in (("impls", impls), ("dtypes", dtypes), ("regimes", regimes)):
+        for value in values:
+            check_choice(name, value, known[name])
     if length is not None and length < MIN_LENGTH:
         raise ValueError(
             f"length must be at least {MIN_LENGTH}, got {length}: with few keys the exact results "
@@ -226,20 +200,14 @@ def measure(
     if "triton" in impls:
         _check_kernels_run()
     options = {"heads": heads, "head_dim": head_dim, "seed": seed, "family": family}
-    jobs = [
-        Job(
-            f"{impl} {dtype} {regime}, logit std {logit_std:g}",
-            _measure_point,
-            options
-            | {
-                "point": (impl, dtype, regime, logit_std),
-                "size": default_length(impl, device) if length is None else length,
-                "device": device,
-                "attention": attention,
-            },
-        )
-        for impl, dtype, regime, logit_std in itertools.product(impls, dtypes, regimes, logit_stds)
-    ]
+    given = options | {"device": device, "attention": attention}
+    jobs = []
+    for impl, dtype, regime, logit_std in itertools.product(impls, dtypes, regimes, logit_stds):
+        is_interpreted = impl == "triton" and device.type == "cpu"
+        size = length if length is not None else 128 if is_interpreted else 512
+        point = {"point": (impl, dtype, regime, logit_std), "size": size}
+        name = f"{impl} {dtype} {regime}, logit std {logit_std:g}"
+        jobs.append(Job(name, _measure_point, given | point))
     settings = {"device": str(device), "is_causal": True, **options}
     return _report(jobs, settings, run, on_progress)
 
@@ -282,17 +250,95 @@ def _measure_point(
         is_causal=True,
         residual_dtype=DTYPES[dtype],
     )
-    inputs = testing.make_inputs(case, logit_std=logit_std, seed=seed, **REGIMES[regime])
+    inputs = testing.make_inputs(
+        case, logit_std=logit_std, seed=seed, device=device, **REGIMES[regime]
+    )
     with _kernels_of(family) if impl == "triton" else nullcontext([]) as families:
-        problem = _Problem(inputs, case.scale, device, seed)
-        rows = [(CENTRED, *problem.centred_errors(attention, impl, dtype))]
+        rows = [_centred_error(attention, impl, inputs, case.scale, dtype)]
         if regime == "plain":
-            rows.extend(problem.gradient_errors(attention, impl))
+            rows.extend(_gradient_errors(attention, impl, inputs, case.scale, seed))
     ran = " and ".join(sorted(families)) or None
-    return [
-        Measurement(impl, regime, dtype, size, logit_std, *row, ran)
-        for row in rows  # quantity, error, composed_error, budget
-    ]
+    return [Measurement(impl, regime, dtype, size, logit_std, *row, ran) for row in rows]
+
+
+def _centred_error(
+    attention: Callable[..., Tensor], impl: str, inputs: testing.Inputs, scale: float, dtype: str
+) -> _Row:
+    """Error of softmax minus mean alone, which is then what the operator returns."""
+    q, k, v, _ = inputs
+    options = {"scale": scale, "identity_gain": 0.0, "is_causal": True}
+    exact_q, exact_k, exact_v = (x.double() for x in (q, k, v))
+    exact = shaped_attention(exact_q, exact_k, exact_v, impl="reference", **options)
+    actual = attention(q, k, v, impl=impl, **options)
+    composed = _softmax(q, k, v, scale) - _prefix_mean(v)
+    if impl == "triton":
+        budget = CENTRED_BUDGET[dtype]
+    else:
+        # Two terms of the size of the mean are subtracted, so their rounding counts relative to
+        # what is left. And a logit of size L is off by L roundings, which changes its weight by as
+        # much: relative to deviations of the weights that are themselves of the size of the logits'
+        # standard deviation, or 1 where that is larger.
+        logits = scale * exact_q @ exact_k.mT
+        cancellation = (_prefix_mean(exact_v).norm() / exact.norm()).item()
+        deviation = min(1.0, logits.std(-1).mean().item())
+        condition = 1 + cancellation + _root_mean_square(logits) / deviation
+        budget = testing.rounding_error(q.dtype)
+        budget += 8 * testing.rounding_error(torch.float32) * condition
+    errors = (testing.relative_error(x, exact) for x in (actual, composed))
+    return CENTRED, *errors, budget
+
+
+def _gradient_errors(
+    attention: Callable[..., Tensor], impl: str, inputs: testing.Inputs, scale: float, seed: int
+) -> Iterator[_Row]:
+    """Errors of the output with all terms, and of each gradient."""
+    dtype, device, heads = inputs.q.dtype, inputs.q.device, inputs.q.shape[1]
+    # Gains are parameters: float32 also beside inputs of 16 bits.
+    tensors = inputs._asdict() | {
+        name: torch.full((heads,), value, device=device)
+        for name, value in {**_GAINS, "scale": scale}.items()
+    }
+    generator = torch.Generator().manual_seed(seed + 1)
+    d_out = torch.randn(inputs.residual.shape, generator=generator).to(device, dtype)
+
+    def differentiate(function: Callable, tensors: dict[str, Tensor], **options: Any) -> dict:
+        return testing.forward_backward(function, tensors, d_out, **options)
+
+    exact = {name: x.double() for name, x in tensors.items()}
+    golden, spread = testing.rounding_spread(
+        lambda: differentiate(shaped_attention, exact, impl="reference", is_causal=True), dtype
+    )
+    actual = differentiate(attention, tensors, impl=impl, is_causal=True)
+    composed = differentiate(_composed, tensors)
+    # Eager torch in one dtype throughout: the yardstick of the budgets.
+    narrow = {name: x.to(dtype) for name, x in tensors.items()} | {"scale": tensors["scale"]}
+    eager = differentiate(testing.eager_attention, narrow, is_causal=True)
+    # The rounding of the result, and some of float32 on the way: a logit of size L is off by L
+    # roundings, and its weight with it.
+    logit_size = _root_mean_square(scale * exact["q"] @ exact["k"].mT)
+    rounding = testing.rounding_error(dtype)
+    rounding += 8 * testing.rounding_error(torch.float32) * max(1.0, logit_size)
+    for name, right in golden.items():
+        budget = _budget(name, right, spread, eager, rounding)
+        yield _named(name), *(_error(x[name], right) for x in (actual, composed)), budget
+
+
+def _named(name: str) -> str:
+    """Name of a quantity from that of a result."""
+    return OUTPUT if name == "out" else name
+
+
+def _budget(
+    name: str, golden: Tensor, spread: dict[str, Tensor], eager: dict[str, Tensor], rounding: float
+) -> float:
+    """Relative error that a result may have: of a few numbers by spread, else by eager torch's."""
+    if name.removeprefix("grad ") in GAIN_NAMES:
+        return testing.SPREADS * (spread[name].norm() / golden.norm()).item()
+    return 2 * _error(eager[name], golden) + rounding
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
 
 
 @contextmanager
@@ -332,14 +378,7 @@ def hopper_calls(length: int = 2531) -> tuple[KernelCall, ...]:
     bf16, fp16, fp32 = (DTYPES[name] for name in ("bf16", "fp16", "fp32"))
     more, fewer = length + length // 7, length - length // 7
 
-    def call(
-        head_dim: int,
-        dtype: torch.dtype,
-        is_causal: bool,
-        terms: str = "learned",
-        deterministic: bool = True,
-        **changes: Any,
-    ) -> KernelCall:
+    def call(head_dim, dtype, is_causal, terms="learned", deterministic=True, **changes):
         sizes = {"batch": 1, "heads": 2, "queries": length} | changes
         case = testing.Case(head_dim=head_dim, dtype=dtype, is_causal=is_causal, **sizes)
         return KernelCall(case, terms, deterministic)
@@ -394,21 +433,11 @@ def measure_calls(
     """
     _check_kernels_run()
     options = {"seed": seed, "family": family}
+    given = options | {"device": torch.device(device), "attention": attention}
     jobs = [
-        Job(
-            f"{call.id}, logit std {logit_std:g}",
-            _measure_call,
-            options
-            | {
-                "call": call,
-                "logit_std": logit_std,
-                "device": torch.device(device),
-                "attention": attention,
-            },
-        )
+        Job(f"{call.id}, logit std {x:g}", _measure_call, given | {"call": call, "logit_std": x})
         # Side by side in processes, calls of different kinds are compiled.
-        for logit_std in logit_stds
-        for call in calls
+        for x, call in itertools.product(logit_stds, calls)
     ]
     settings = {"device": str(device), **options}
     return _report(jobs, settings, run, on_progress)
@@ -489,32 +518,19 @@ def _measure_call(
         lambda: differentiate(shaped_attention, exact, impl="reference"), dtype
     )
     eager = differentiate(testing.eager_attention, inputs)
-    ran = " and ".join(sorted(families))
     dtype_name = next(name for name, x in DTYPES.items() if x == dtype)
-    measured = []
-
-    def add(quantity: str, error: float, composed: float | None, budget: float) -> None:
-        values = (quantity, error, composed, budget, ran)
-        measured.append(
-            Measurement("triton", call.id, dtype_name, case.queries, logit_std, *values)
-        )
-
+    is_centred = call.terms == "centred" and case.residual_dtype is None
+    rows: list[_Row] = []
     for name, right in golden.items():
-        quantity = OUTPUT if name == "out" else name
-        if name.removeprefix("grad ") in GAIN_NAMES:
-            error, composed = (testing.relative_error(x[name], right) for x in (actual, eager))
-            budget = testing.SPREADS * (spread[name].norm() / right.norm()).item()
-            add(quantity, error, composed, budget)
-            continue
-        error, composed = (_error(x[name], right) for x in (actual, eager))
-        if name == "out" and call.terms == "centred" and case.residual_dtype is None:
-            add(CENTRED, error, composed, CENTRED_BUDGET[dtype_name])
+        errors = (_error(x[name], right) for x in (actual, eager))
+        if name == "out" and is_centred:
+            rows.append((CENTRED, *errors, CENTRED_BUDGET[dtype_name]))
             continue
         # One rounding of the result; a gradient's product has a factor that is rounded too.
         rounding = testing.rounding_error(actual[name].dtype)
         rounding *= 2 if name.startswith("grad") else 1
         rounding += 8 * testing.rounding_error(torch.float32)
-        add(quantity, error, composed, 2 * composed + rounding)
+        rows.append((_named(name), *errors, _budget(name, right, spread, eager, rounding)))
     varying = () if call.deterministic else ("grad q", "grad scale")
     changed = sum(
         not torch.equal(x, other[name])
@@ -522,8 +538,12 @@ def _measure_call(
         for name, x in actual.items()
         if name not in varying
     )
-    add(REPEATS, float(changed), None, 0.0)
-    return measured
+    rows.append((REPEATS, float(changed), None, 0.0))
+    ran = " and ".join(sorted(families))
+    return [
+        Measurement("triton", call.id, dtype_name, case.queries, logit_std, *row, ran)
+        for row in rows
+    ]
 
 
 def _error(actual: Tensor, golden: Tensor) -> float:
@@ -534,110 +554,12 @@ def _error(actual: Tensor, golden: Tensor) -> float:
     return testing.relative_error(actual[finite], golden[finite])
 
 
-def _check_names(name: str, values: Sequence[str], known) -> None:
-    for value in values:
-        if value not in known:
-            raise ValueError(
-                f"{name} must hold names from {', '.join(map(repr, known))}, got {value!r}; "
-                "correct or drop it"
-            )
-
-
 def _check_kernels_run() -> None:
     from .environment import kernel_availability
 
     kernels = kernel_availability()
     if not kernels["available"]:
         raise RuntimeError(f'impl "triton" cannot run here: {kernels["reason"]}')
-
-
-class _Problem:
-    """One set of inputs, its float64 results, and the errors of implementations against them."""
-
-    def __init__(
-        self, inputs: testing.Inputs, scale: float, device: torch.device, seed: int
-    ) -> None:
-        tensors = {name: x.to(device) for name, x in inputs._asdict().items()}
-        self.dtype = inputs.q.dtype
-        self.scale = scale
-        # Gains are parameters: float32 also beside inputs of 16 bits.
-        self.tensors = tensors | {
-            name: torch.full((inputs.q.shape[1],), value, device=device)
-            for name, value in {**_GAINS, "scale": scale}.items()
-        }
-        self.double = {name: x.double() for name, x in self.tensors.items()}
-        generator = torch.Generator().manual_seed(seed + 1)
-        upstream = torch.randn(inputs.residual.shape, generator=generator)
-        self.upstream = upstream.to(device=device, dtype=self.dtype)
-        self.mean = _prefix_mean(self.double["v"])
-        q, k, v = (self.double[name] for name in "qkv")
-        self.centred = shaped_attention(q, k, v, scale=scale, impl="reference", **_CENTRED)
-        logits = scale * q @ k.mT
-        self.logit_size = logits.square().mean().sqrt().item()
-        self.logit_spread = logits.std(-1).mean().item()
-
-    def centred_errors(
-        self, attention: Callable[..., Tensor], impl: str, dtype: str
-    ) -> tuple[float, float, float]:
-        """Error of the centred term, that of the composition, and the budget."""
-        q, k, v = (self.tensors[name] for name in "qkv")
-        actual = attention(q, k, v, scale=self.scale, impl=impl, **_CENTRED)
-        composed = _softmax(q, k, v, self.scale) - _prefix_mean(v)
-        if impl == "triton":
-            budget = CENTRED_BUDGET[dtype]
-        else:
-            budget = testing.rounding_error(self.dtype) + self._float32_error()
-        return (
-            testing.relative_error(actual, self.centred),
-            testing.relative_error(composed, self.centred),
-            budget,
-        )
-
-    def _float32_error(self) -> float:
-        """Relative error of the centred term that float32 arithmetic has to be granted.
-
-        Two terms of the size of the mean are subtracted, so their rounding counts relative to what
-        is left. And a logit of size L is off by L roundings, which changes its weight by as much:
-        relative to deviations of the weights that are themselves of the size of the logits'
-        standard deviation, or 1 where that is larger.
-        """
-        cancellation = (self.mean.norm() / self.centred.norm()).item()
-        condition = 1 + cancellation + self.logit_size / min(1.0, self.logit_spread)
-        return 8 * testing.rounding_error(torch.float32) * condition
-
-    def gradient_errors(
-        self, attention: Callable[..., Tensor], impl: str
-    ) -> Iterator[tuple[str, float, float, float]]:
-        """(quantity, error, error of the composition, budget) of the output and each gradient."""
-        differentiate = testing.forward_backward
-        causal = {"is_causal": True}
-        golden, spread = testing.rounding_spread(
-            lambda: differentiate(
-                shaped_attention, self.double, self.upstream, impl="reference", **causal
-            ),
-            self.dtype,
-        )
-        actual = differentiate(attention, self.tensors, self.upstream, impl=impl, **causal)
-        composed = differentiate(_composed, self.tensors, self.upstream)
-        # Eager torch in one dtype throughout: the yardstick of the budgets.
-        narrow = {name: x.to(self.dtype) for name, x in self.tensors.items()}
-        narrow["scale"] = self.tensors["scale"]
-        eager = differentiate(testing.eager_attention, narrow, self.upstream, **causal)
-        # The rounding of the result, and some of float32 on the way: a logit of size L is off by L
-        # roundings, and its weight with it.
-        rounding = testing.rounding_error(self.dtype)
-        rounding += 8 * testing.rounding_error(torch.float32) * max(1.0, self.logit_size)
-        for name, exact in golden.items():
-            if name.removeprefix("grad ") in GAIN_NAMES:
-                budget = testing.SPREADS * (spread[name].norm() / exact.norm()).item()
-            else:
-                budget = 2 * testing.relative_error(eager[name], exact) + rounding
-            yield (
-                OUTPUT if name == "out" else name,
-                testing.relative_error(actual[name], exact),
-                testing.relative_error(composed[name], exact),
-                budget,
-            )
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

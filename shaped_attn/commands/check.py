@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console, Group
 
-    from ..fidelity import FidelityReport, Table
+    from ..fidelity import FidelityReport, Measurement
 
 IMPLS = ("triton", "torch", "reference")
 FAMILIES = ("auto", "portable", "hopper")  # those of kernels.families, which imports Triton
@@ -161,27 +161,27 @@ _CALLS_LEGEND = (
 )
 
 
-def _render(table: Table, device: torch.device) -> Group:
+def _render(rows: list[list[Measurement]], device: torch.device) -> Group:
     """One fidelity table for the terminal: an error and, below it, the composition's.
 
     The last column is the largest share of its budget that an error of the row takes up.
     """
     from rich.console import Group
-    from rich.table import Table as RichTable
+    from rich.table import Table
     from rich.text import Text
 
     from .. import fidelity
 
-    where = "interpreter" if table.impl == "triton" and device.type == "cpu" else device
-    kernels = "" if table.family is None else f", {table.family} kernels"
+    first = rows[0][0]
+    where = "interpreter" if first.impl == "triton" and device.type == "cpu" else device
+    kernels = "" if first.family is None else f", {first.family} kernels"
     # A title of the table itself would be wrapped at the table's width.
-    title = f"{table.impl} ({where}), {table.dtype}, T = {table.length}, {table.regime}{kernels}"
-    drawn = RichTable(box=None, pad_edge=False)
+    title = f"{first.impl} ({where}), {first.dtype}, T = {first.length}, {first.regime}{kernels}"
+    drawn = Table(box=None, pad_edge=False)
     drawn.add_column("logit std", no_wrap=True)
-    for logit_std in table.logit_stds:
-        drawn.add_column(f"{logit_std:g}", justify="right", no_wrap=True)
-    drawn.add_column("used", justify="right", no_wrap=True)
-    for quantity, row in table.rows:
+    for column in (*(f"{m.logit_std:g}" for m in rows[0]), "used"):
+        drawn.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
         errors = [
             Text(fidelity.format_error(m.error), style="" if m.is_within else "bold red")
             for m in row
@@ -189,7 +189,7 @@ def _render(table: Table, device: torch.device) -> Group:
         used = max(m.used for m in row)
         is_within = all(m.is_within for m in row)
         drawn.add_row(
-            fidelity.label(quantity),
+            fidelity.label(row[0].quantity),
             *errors,
             Text(f"{used:.0%}", style="green" if is_within else "bold red"),
         )
