@@ -13,7 +13,6 @@ import sys
 
 import pytest
 import torch
-from fresh_python import python
 
 from shaped_attn import shaped_attention
 from shaped_attn.nn import METHODS, ShapedTransformer, ShapedTransformerConfig
@@ -154,6 +153,8 @@ def main(seeds):
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_errors_are_within_their_spread(setting):
+    from fresh_python import python  # which a script does not find
+
     capability = torch.backends.cpu.get_cpu_capability()
     if setting == "skylake" and capability != "AVX512":
         pytest.skip(f"needs a processor with AVX512, this one has {capability}")
