@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..speed import Entry, Report, is_main, kind_of, load
-from .common import READABLE
+from .common import READABLE, empty_table, folder_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,13 +21,7 @@ _PASSES = {"forward": "fwd", "backward": "bwd", "forward+backward": "both"}
 
 
 @click.command(short_help="Time the operator beside its peers.")
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("shaped-attn-bench"),
-    show_default=True,
-    help="Folder for speed.json and speed.png.",
-)
+@folder_option("shaped-attn-bench", "Folder for speed.json and speed.png.")
 @click.option("--select", metavar="EXPRESSION", help="Only cases whose names fit, as pytest's -k.")
 @click.option(
     "--show", type=READABLE, help="Show this result of `pytest bench` instead; measure nothing."
@@ -98,13 +92,9 @@ def _measure(path: Path, select: str | None) -> int:
 
 def tables(report: Report) -> list[Table]:
     """Tables for the terminal: the operator, models and the SDE, gates; as far as there are any."""
-    from rich.table import Table
 
     def make(title: str, *columns: str) -> Table:
-        table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None)
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", overflow="fold")
-        return table
+        return empty_table(*columns, is_narrow=False, title=f"\n{title}", title_style="bold")
 
     found = []
     if report.attention:
@@ -144,14 +134,9 @@ def tables(report: Report) -> list[Table]:
     if report.others:
         table = make("models and the covariance SDE", "case", "ms", "peers (ms)")
         for entry in report.others:
-            peers = (
-                f"{name} {times['median_ms']:.4g}"
-                for name, times in entry["times"].items()
-                if name != "ours"
-            )
-            table.add_row(
-                entry["case"], f"{entry['times']['ours']['median_ms']:.4g}", ", ".join(peers)
-            )
+            times = {name: f"{x['median_ms']:.4g}" for name, x in entry["times"].items()}
+            ours = times.pop("ours")
+            table.add_row(entry["case"], ours, ", ".join(map(" ".join, times.items())))
         found.append(table)
     if report.gates:
         table = make("gates", "gate", "case", "value", "bound", "")

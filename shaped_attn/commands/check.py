@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import default_impls, device_option, prepare_kernels, resolve_device, usage_errors
+from .common import (
+    default_impls,
+    device_option,
+    empty_table,
+    json_option,
+    prepare_kernels,
+    resolve_device,
+    usage_errors,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +63,7 @@ FAMILIES = ("auto", "portable", "hopper")  # those of kernels.families, which im
     help="Seconds without a result after which kernels on a GPU hang.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the inputs.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def check(
     context: click.Context,
@@ -167,7 +175,6 @@ def _render(rows: list[list[Measurement]], device: torch.device) -> Group:
     The last column is the largest share of its budget that an error of the row takes up.
     """
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     from .. import fidelity
@@ -177,10 +184,7 @@ def _render(rows: list[list[Measurement]], device: torch.device) -> Group:
     kernels = "" if first.family is None else f", {first.family} kernels"
     # A title of the table itself would be wrapped at the table's width.
     title = f"{first.impl} ({where}), {first.dtype}, T = {first.length}, {first.regime}{kernels}"
-    drawn = Table(box=None, pad_edge=False)
-    drawn.add_column("logit std", no_wrap=True)
-    for column in (*(f"{m.logit_std:g}" for m in rows[0]), "used"):
-        drawn.add_column(column, justify="right", no_wrap=True)
+    drawn = empty_table("logit std", *(f"{m.logit_std:g}" for m in rows[0]), "used")
     for row in rows:
         errors = [
             Text(fidelity.format_error(m.error), style="" if m.is_within else "bold red")

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import click
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
 INTERRUPTED = 130
 """Exit code of work that Ctrl-C ended."""
@@ -29,6 +30,33 @@ device_option = click.option(
     default=None,
     help="torch device, such as cpu or cuda:0.  [default: cuda if present]",
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def folder_option(default: str, text: str) -> Callable[[Callable], Callable]:
+    """Return the option --output of a command that fills a folder."""
+    kind = click.Path(file_okay=False, path_type=Path)
+    return click.option("--output", type=kind, default=default, show_default=True, help=text)
+
+
+def empty_table(
+    *columns: str, words: Collection[int] = (0,), is_narrow: bool = True, **style: Any
+) -> Table:
+    """Return a table for the terminal, to add rows to.
+
+    Args:
+        columns: their headers.
+        words: which columns are words, which begin at the left, and not numbers.
+        is_narrow: whether its cells stay on one line.
+        style: further arguments of `rich.table.Table`.
+    """
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title_justify="left", **style)
+    for index, column in enumerate(columns):
+        justify = "left" if index in words else "right"
+        table.add_column(column, justify=justify, no_wrap=is_narrow, overflow="fold")
+    return table
 
 
 @contextlib.contextmanager

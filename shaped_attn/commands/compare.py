@@ -11,7 +11,7 @@ from ..sde import prediction
 from ..sde.comparison import Comparison
 from ..sde.prediction import NetworkComparison
 from ..sde.sample import Estimate
-from .common import INTERRUPTED, long_work, resolve_device, usage_errors
+from .common import INTERRUPTED, empty_table, long_work, resolve_device, usage_errors
 from .predict import (
     check_files,
     count_of,
@@ -101,7 +101,6 @@ def _print_comparison(result: NetworkComparison, console: Console) -> None:
 
 def _comparison_table(comparison: Comparison, against: str) -> Table:
     """KS distance and medians of every statistic, or of those with the largest distance."""
-    from rich.table import Table
     from rich.text import Text
 
     found = list(comparison.statistics.values())
@@ -109,11 +108,8 @@ def _comparison_table(comparison: Comparison, against: str) -> Table:
     if len(found) > _MOST_ROWS:
         title = f"The {_MOST_ROWS} of {len(found)} statistics with the largest KS distance"
         found = sorted(found, key=lambda statistic: statistic.ks, reverse=True)[:_MOST_ROWS]
-    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    drawn.add_column("", no_wrap=True)
-    for header in ("KS", "critical", "median SDE", f"median {against}s"):
-        drawn.add_column(header, justify="right", no_wrap=True)
-    drawn.add_column("", no_wrap=True)
+    columns = ("", "KS", "critical", "median SDE", f"median {against}s", "")
+    drawn = empty_table(*columns, words=(0, 5), title=title)
     median = comparison.quantile_levels.index(0.5)
     for statistic in found:
         medians = [

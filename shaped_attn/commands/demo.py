@@ -44,13 +44,8 @@ CPU_LENGTH = 128  # of the inputs of the check
 MODEL = {"depth": 36, "width": 64, "heads": 2, "mlp_ratio": 2.0}
 BARE = {"has_skip": False, "has_normalization": False}
 DECODERS: dict[str, dict[str, Any]] = {
-    "shaped": {"method": "shaped"},
-    "softmax in its place": {
-        "method": "shaped",
-        "identity_gain": 0.0,
-        "center_gain": 0.0,
-        "scale": "standard",
-    },
+    "shaped": {},
+    "softmax in its place": {"identity_gain": 0.0, "center_gain": 0.0, "scale": "standard"},
     "E-SPA, no skips": {"method": "e_spa", **BARE},
     "softmax, no skips": {"method": "pre_ln", **BARE},
     "softmax, usual block": {"method": "pre_ln"},
@@ -90,8 +85,8 @@ class Part:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the figures, with the numbers beside the rest."""
-        names = ("status", "reason", "headline", "claim", "seconds")
-        return {**{name: getattr(self, name) for name in names}, **self.numbers}
+        others = {name: x for name, x in vars(self).items() if name not in ("numbers", "figures")}
+        return {**others, **self.numbers}
 
 
 class Work(NamedTuple):
@@ -346,13 +341,7 @@ PARTS: dict[str, Callable[[Work], Part]] = {
 
 
 @click.command(short_help="Measure what shaped attention wins, train two decoders, write a page.")
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("shaped-attn-demo"),
-    show_default=True,
-    help=f"Folder for {PAGE} and {METRICS}.",
-)
+@common.folder_option("shaped-attn-demo", f"Folder for {PAGE} and {METRICS}.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=1),
@@ -404,7 +393,9 @@ def demo(
             parts[name] = _run(measure, work)
             _write(parts, work, output)  # now: nothing that comes can take it away
         is_interrupted = work.stop()
+    has_failed = False
     for part in parts.values():
+        has_failed |= part.status == FAILED or bool(part.numbers.get("failures"))
         click.echo()
         if part.headline is not None:
             click.echo(f"{' '.join(part.headline)}: {part.claim}")
@@ -414,10 +405,7 @@ def demo(
     if is_interrupted:
         click.echo("Interrupted: the page shows what there is.", err=True)
         context.exit(common.INTERRUPTED)
-    has_failed = any(
-        part.status == FAILED or part.numbers.get("failures") for part in parts.values()
-    )
-    context.exit(1 if has_failed else 0)
+    context.exit(int(has_failed))
 
 
 def _run(measure: Callable[[Work], Part], work: Work) -> Part:

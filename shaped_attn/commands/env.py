@@ -6,9 +6,11 @@ import json
 
 import click
 
+from .common import json_option
+
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def env(as_json: bool) -> None:
     """Print what a bug report needs."""
     from .. import environment

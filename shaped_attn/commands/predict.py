@@ -29,6 +29,8 @@ from .common import (
     INTERRUPTED,
     READABLE,
     device_option,
+    empty_table,
+    json_option,
     long_work,
     resolve_device,
     usage_errors,
@@ -48,7 +50,7 @@ _output_options = (
     config_option,
     click.option("--plot", type=FILE, help="Draw the quantiles into this .png, .svg or .pdf."),
     click.option("--output", type=FILE, help="Write JSON into this file."),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    json_option,
     device_option,
 )
 
@@ -306,17 +308,13 @@ def count_of(sample: CovarianceSample) -> str:
 
 def _quantile_table(sample: CovarianceSample, width: int) -> Table:
     """Quantiles at a few depths: one row for each depth, three columns for each statistic."""
-    from rich.table import Table
-
     names, found = shown_statistics(sample.tokens), statistics_of(sample)
-    # Narrow: all of it is to fit into 80 columns.
-    drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for header in ("\nlayer", "depth\n/ width"):
-        drawn.add_column(header, justify="right", no_wrap=True)
+    columns = ["\nlayer", "depth\n/ width"]
     for name in names:
         label = "mean rho" if name == MEAN_CORRELATION else name
-        for title, level in zip(("", label, ""), ("5 %", "50 %", "95 %"), strict=True):
-            drawn.add_column(f"{title}\n{level}", justify="right", no_wrap=True)
+        columns += ["\n5 %", f"{label}\n50 %", "\n95 %"]
+    # All of it is to fit into 80 columns.
+    drawn = empty_table(*columns, words=(), padding=(0, 1, 0, 0))
     parts = [float(sample.times[-1]) * part / _ROWS for part in range(_ROWS + 1)]
     for k in sorted({int((sample.times - time).abs().argmin()) for time in parts}):
         cells = [

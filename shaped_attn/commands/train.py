@@ -14,7 +14,7 @@ import click
 from ..checks import fail
 from ..settings import settings_of
 from ..train.settings import TrainSettings
-from .common import INTERRUPTED, usage_errors
+from .common import INTERRUPTED, empty_table, folder_option, json_option, usage_errors
 from .settings import List, by_field, config_option, naming, read, setting_options
 
 if TYPE_CHECKING:
@@ -41,12 +41,8 @@ _PARTS = ("attention", "mlp", "causal")
     type=List(float),
     help="Of the study, which reports the best for each model.  [default: --learning-rate]",
 )
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("shaped-attn-train"),
-    show_default=True,
-    help="Folder for checkpoints, metrics and results; a run in it is resumed.",
+@folder_option(
+    "shaped-attn-train", "Folder for checkpoints, metrics and results; a run in it is resumed."
 )
 @config_option
 @click.option(
@@ -56,7 +52,7 @@ _PARTS = ("attention", "mlp", "causal")
     show_default=True,
     help="auto takes a GPU if there is one.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def train(
     click_context: click.Context,
@@ -321,16 +317,11 @@ def _print_study(study: Study, output: Path) -> None:
 
 def study_table(study: Study) -> Table:
     """Return final validation losses: one row for each variant, one column for each depth."""
-    from rich.table import Table
-
     best = study.best()
     depths = sorted({depth for _, depth in best})
     rates = {run.learning_rate for run in study.runs}
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
-    drawn.add_column("method", no_wrap=True)
-    drawn.add_column("with", no_wrap=True)
-    for depth in depths:
-        drawn.add_column(f"depth {depth}", justify="right", no_wrap=True)
+    columns = ("method", "with", *(f"depth {depth}" for depth in depths))
+    drawn = empty_table(*columns, words=(0, 1))
     for variant in dict.fromkeys(run.variant for run in study.runs):
         cells = [_cell(best.get((variant, depth)), len(rates) > 1) for depth in depths]
         drawn.add_row(variant.method, variant.parts, *cells)
