@@ -2,13 +2,12 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
 import torch
+from fresh_python import python
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import TINY, assert_same_run, lines, settings, train
@@ -258,13 +257,7 @@ KILLS = {
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_killed_run_goes_on_with_the_same_losses(kill, tmp_path, whole):
     script = KILLED.format(patch=textwrap.dedent(KILLS[kill]), values=TINY)
-    process = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    python("-c", script, tmp_path / "run", status=-signal.SIGKILL)
     reached = {"step": 7, "checkpoint": 8}[kill]
     assert lines(tmp_path / "run", "train")[-1]["step"] == reached
     folders = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
