@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..sde import prediction
 from ..sde.comparison import Comparison
-from ..sde.prediction import NetworkComparison
+from ..sde.prediction import NetworkComparison, Settings
 from ..sde.sample import Estimate
-from .common import INTERRUPTED, empty_table, long_work, resolve_device, usage_errors
-from .predict import (
-    check_files,
-    count_of,
-    format_estimate,
-    format_number,
-    make_settings,
-    prediction_options,
-    print_assumptions,
-    write_results,
-)
+from .common import empty_table, long_work, usage_errors
+from .predict import Outcome, count_of, format_estimate, format_number, from_settings
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -31,37 +22,22 @@ _MOST_ROWS = 21  # what 6 tokens have
 
 
 @click.command(short_help="Run networks beside the prediction.")
-@prediction_options("band", "tune")
-@click.pass_context
-def compare(
-    context: click.Context,
-    config: Path | None,
-    plot: Path | None,
-    output: Path | None,
-    as_json: bool,
-    device: str | None,
-    **flags: Any,
-) -> None:
+@from_settings("band", "tune")
+def compare(settings: Settings, device: torch.device) -> Outcome:
     """Run networks of finite width beside the prediction, and compare the two at the last layer.
 
     Every correlation and variance gets a Kolmogorov-Smirnov test; together they find a difference
     between equal laws in 1 % of all runs. The exit code is 1 if they find one. Ctrl-C prints what
     there is; the exit code is then 130.
     """
-    torch_device = resolve_device(device)
-    check_files(plot, output)
-    settings = make_settings(config, flags)
     with usage_errors():
         prediction.check_comparison(settings)
-    with long_work(torch_device) as work:
-        result = prediction.compare_networks(settings, device=torch_device, **work)
+    with long_work(device) as work:
+        result = prediction.compare_networks(settings, device=device, **work)
     samples = {"SDE": result.prediction}
     if result.networks is not None:
         samples[f"{settings.against}s"] = result.networks
-    write_results(result, samples, _print_comparison, plot, output, as_json)
-    if not result.is_complete:
-        context.exit(INTERRUPTED)
-    context.exit(0 if result.agrees else 1)
+    return Outcome(result, samples, _print_comparison, code=0 if result.agrees else 1)
 
 
 def _print_comparison(result: NetworkComparison, console: Console) -> None:
@@ -96,7 +72,6 @@ def _print_comparison(result: NetworkComparison, console: Console) -> None:
                 "critical value."
             )
         console.print(verdict, soft_wrap=True)
-    print_assumptions(settings, console)
 
 
 def _comparison_table(comparison: Comparison, against: str) -> Table:

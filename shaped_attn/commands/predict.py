@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -38,6 +39,7 @@ from .common import (
 from .settings import by_field, config_option, naming, read, setting_options
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -55,10 +57,42 @@ _output_options = (
 )
 
 
-def prediction_options(*left_out: str) -> Callable[[Callable], Callable]:
-    """Add options for settings of a prediction, where they come from and where results go."""
+class Outcome(NamedTuple):
+    """What a command of settings found.
 
-    def decorate(command: Callable) -> Callable:
+    Attributes:
+        result: of the function of `shaped_attn.sde.prediction`.
+        samples: those to plot, by name.
+        show: prints the result on a console.
+        code: of the exit, unless it was interrupted.
+    """
+
+    result: Prediction | NetworkComparison
+    samples: dict[str, CovarianceSample]
+    show: Callable[[Any, Console], None]
+    code: int = 0
+
+
+def from_settings(*left_out: str) -> Callable[[Callable[..., Outcome]], Callable]:
+    """Give a function of settings and a device the options for them, and for where results go."""
+
+    def decorate(run: Callable[..., Outcome]) -> Callable:
+        @functools.wraps(run)
+        def command(
+            config: Path | None,
+            plot: Path | None,
+            output: Path | None,
+            as_json: bool,
+            device: str | None,
+            **flags: Any,
+        ) -> None:
+            torch_device = resolve_device(device)
+            _check_files(plot, output)
+            outcome = run(_make_settings(config, flags), torch_device)
+            _write(outcome, plot, output, as_json)
+            code = outcome.code if outcome.result.is_complete else INTERRUPTED
+            click.get_current_context().exit(code)
+
         for option in reversed(_output_options):
             command = option(command)
         changes = {"v0": {"type": READABLE}, "band": {"metavar": "LOW HIGH"}}
@@ -68,17 +102,8 @@ def prediction_options(*left_out: str) -> Callable[[Callable], Callable]:
 
 
 @click.command(short_help="Predict the covariance of tokens through depth.")
-@prediction_options("networks", "against")
-@click.pass_context
-def predict(
-    context: click.Context,
-    config: Path | None,
-    plot: Path | None,
-    output: Path | None,
-    as_json: bool,
-    device: str | None,
-    **flags: Any,
-) -> None:
+@from_settings("networks", "against")
+def predict(settings: Settings, device: torch.device) -> Outcome:
     """Predict the covariance of tokens through the depth of a shaped transformer.
 
     Simulates the stochastic differential equation that the covariance follows at initialisation,
@@ -86,17 +111,12 @@ def predict(
     gains and tau0 keep the median correlation in a band. Ctrl-C prints what there is; the exit code
     is then 130.
     """
-    torch_device = resolve_device(device)
-    check_files(plot, output)
-    settings = make_settings(config, flags)
-    with long_work(torch_device) as work:
-        result = prediction.predict(settings, device=torch_device, **work)
-    samples = {"SDE": result.sample}
-    write_results(result, samples, _print_prediction, plot, output, as_json)
-    context.exit(0 if result.is_complete else INTERRUPTED)
+    with long_work(device) as work:
+        result = prediction.predict(settings, device=device, **work)
+    return Outcome(result, {"SDE": result.sample}, _print_prediction)
 
 
-def make_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
+def _make_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
     """Join the settings of a file with those of the command line, which win.
 
     A start of the command line replaces that of the file as a whole, be it ``v0`` or a correlation.
@@ -148,7 +168,7 @@ def _read_covariance(path: Path) -> tuple[tuple[float, ...], ...]:
     return check_matrix(f"v0 of {path}", matrix)
 
 
-def check_files(plot: Path | None, output: Path | None) -> None:
+def _check_files(plot: Path | None, output: Path | None) -> None:
     """Find out now, rather than after minutes, that a result has nowhere to go."""
     for name, path in (("--plot", plot), ("--output", output)):
         if path is not None:
@@ -164,23 +184,21 @@ def check_files(plot: Path | None, output: Path | None) -> None:
             )
 
 
-def write_results(
-    result: Prediction | NetworkComparison,
-    samples: dict[str, CovarianceSample],
-    show: Callable,
-    plot: Path | None,
-    output: Path | None,
-    as_json: bool,
-) -> None:
+def _write(outcome: Outcome, plot: Path | None, output: Path | None, as_json: bool) -> None:
     """Print a result and write its files, as far as there is one."""
     from rich.console import Console
 
+    result = outcome.result
     text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
     if as_json:
         click.echo(text)
     else:
-        show(result, Console(highlight=False))
-    samples = {name: sample for name, sample in samples.items() if sample.paths}
+        console = Console(highlight=False)
+        outcome.show(result, console)
+        console.print()
+        for line in ("Assumed:", *prediction.assumptions(result.settings)):
+            console.print(line, style="dim", markup=False, soft_wrap=True)
+    samples = {name: sample for name, sample in outcome.samples.items() if sample.paths}
     try:
         if output is not None:
             output.write_text(text + "\n", encoding="utf-8")
@@ -219,7 +237,6 @@ def _print_prediction(result: Prediction, console: Console) -> None:
         console.print(_recommendation(result), soft_wrap=True)
     elif settings.tune and settings.tokens == 1:
         console.print("\nNothing to tune: one token has no correlation.")
-    print_assumptions(settings, console)
 
 
 def _recommendation(result: Prediction) -> str:
@@ -290,13 +307,6 @@ def _end_note(end: End, interval: Interval) -> str:
     if end.outside is None:
         return "; interrupted there"
     return "" if interval.is_complete else f"; {end.outside:g} is outside, between them interrupted"
-
-
-def print_assumptions(settings: Settings, console: Console) -> None:
-    """Say what a prediction rests on."""
-    console.print()
-    for line in ("Assumed:", *prediction.assumptions(settings)):
-        console.print(line, style="dim", markup=False, soft_wrap=True)
 
 
 def count_of(sample: CovarianceSample) -> str:
