@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .settings import BlockSettings, ZeroLogitAttention, variance_correction
+from .settings import ZeroLogitAttention, variance_correction
+
+if TYPE_CHECKING:
+    from .network import FiniteNetwork
 
 _HIDDEN_BYTES = 2**27  # of hidden activations at a time
 
@@ -165,25 +169,15 @@ class WidthChain:
     """
 
     def __init__(
-        self,
-        settings: BlockSettings,
-        v0: Tensor,
-        *,
-        width: int,
-        head_dim: int,
-        scale: float,
-        skip_gain: float,
-        generator: torch.Generator | None,
+        self, settings: FiniteNetwork, v0: Tensor, generator: torch.Generator | None
     ) -> None:
         self.settings, self.v0, self.generator = settings, v0, generator
-        self.width, self.head_dim, self.scale = width, head_dim, scale
-        self.skip_gain = skip_gain
-        self.slices = settings.slices
+        self.width, self.slices = settings.width, settings.slices
         self.shaped_matrix = ShapedMatrix(
             settings.zero_logit_attention(v0.shape[-1], v0),
-            settings.identity_gain + settings.detuning.identity / width,
+            settings.identity_gain + settings.detuning.identity / self.width,
             settings.head_gains("softmax_gain", v0),
-            settings.head_gains("center_gain", v0) - settings.detuning.softmax / width,
+            settings.head_gains("center_gain", v0) - settings.detuning.softmax / self.width,
         )
 
     def start(self, paths: int) -> Tensor:
@@ -219,9 +213,10 @@ class WidthChain:
         factor = self._whole(state)
         paths, tokens = factor.shape[:2]
         sizes = (paths, settings.heads, tokens, tokens)
-        keys = gaussian_factor(sizes, self.head_dim, factor, generator)
+        keys = gaussian_factor(sizes, settings.head_dim, factor, generator)
         queries = normal((*sizes[:3], keys.shape[-1]), factor, generator)
-        logits = self.scale * factor[:, None] @ (queries @ keys.mT) @ factor.mT[:, None]  # (43)
+        raw = factor[:, None] @ (queries @ keys.mT) @ factor.mT[:, None]
+        logits = settings.scale_value * raw  # (43)
         root = self.shaped_matrix(logits) @ factor[:, None]  # (paths, H, m, m)
         if self.slices == 1 and not (settings.heads == 1 and settings.out_proj != "gaussian"):
             # The output projection mixes what the heads' value projections made.
@@ -252,7 +247,7 @@ class WidthChain:
         return branch_step(
             state,
             root,
-            self.skip_gain,
+            self.settings.detuned_skip_gain,
             self.settings.branch_gain,
             self.width / self.slices,
             self.generator,

@@ -161,15 +161,7 @@ class FiniteNetwork(BlockSettings):
         check_choice("method", method, METHODS)
         self.check_tokens(v0.shape[-1], method)
         if method == "chain":
-            simulation = WidthChain(
-                self,
-                v0,
-                width=self.width,
-                head_dim=self.head_dim,
-                scale=self.scale_value,
-                skip_gain=self.detuned_skip_gain,
-                generator=generator,
-            )
+            simulation = WidthChain(self, v0, generator)
             chunk = _CHAIN_PATHS if chunk is None else chunk
         else:
             simulation = _Networks(self, v0, dtype, generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -246,16 +247,12 @@ class _Search:
         try:
             for index in self.scan:
                 self._side(index)
-            first = self._first_inside()
-            for direction in () if first is None else (-1, 1):
-                # Between the end of the run that ``first`` is in and the first value outside.
-                inside, outside = self._run_end(first, direction)
-                while outside is not None and abs(outside - inside) > 1:
-                    middle = (inside + outside) // 2
-                    if self._side(middle) == 0:
-                        inside = middle
-                    else:
-                        outside = middle
+            # Two neighbours on different sides: the median passes through the band in between.
+            for before, index in pairwise(self.scan):
+                if index < min(self._inside(), default=len(self.rungs)):
+                    self._narrow(before, index)
+            for direction in (-1, 1) if self._inside() else ():
+                self._narrow(*self._run_end(direction))
         except _Stopped:
             return self._interval(is_complete=False)
         return self._interval(is_complete=True)
@@ -272,27 +269,24 @@ class _Search:
         value = candidate.correlation.value
         return max(self.band[0] - value, value - self.band[1], 0.0)
 
-    def _first_inside(self) -> int | None:
-        for before, index in zip([None, *self.scan], self.scan, strict=False):
-            if self._side(index) == 0:
-                return index
-            # Two neighbours on either side of the band: the median passes through it in between.
-            if before is None or self._side(before) == self._side(index):
-                continue
-            while index - before > 1:
-                middle = (before + index) // 2
-                side = self._side(middle)
-                if side == 0:
-                    return middle
-                if side == self._side(before):
-                    before = middle
-                else:
-                    index = middle
-        return None
+    def _inside(self) -> list[int]:
+        """Return the indices inside the band, of those tried."""
+        return [index for index in sorted(self.found) if self._side(index) == 0]
 
-    def _run_end(self, first: int, direction: int) -> tuple[int, int | None]:
-        """Return the last index inside, of those tried, and the next that was tried."""
-        inside = first
+    def _narrow(self, first: int, second: int | None) -> None:
+        """Bisect until neighbours differ in their side, as ``first`` and ``second`` may do."""
+        if second is None or self._side(first) == self._side(second):
+            return
+        while abs(second - first) > 1:
+            middle = (first + second) // 2
+            if self._side(middle) == self._side(first):
+                first = middle
+            else:
+                second = middle
+
+    def _run_end(self, direction: int) -> tuple[int, int | None]:
+        """Return the last index of the first run inside, of those tried, and the next one tried."""
+        inside = first = self._inside()[0]
         for index in sorted(self.found, reverse=direction < 0):
             if (index - first) * direction <= 0:
                 continue
@@ -303,11 +297,10 @@ class _Search:
 
     def _interval(self, *, is_complete: bool) -> Interval:
         rungs = self.rungs
-        inside = [index for index in sorted(self.found) if self._side(index) == 0]
         ends: list[End | None] = [None, None]
-        if inside:
+        if self._inside():
             for place, (direction, last) in enumerate(((-1, 0), (1, len(rungs) - 1))):
-                index, outside = self._run_end(inside[0], direction)
+                index, outside = self._run_end(direction)
                 outside = None if outside is None else rungs[outside]
                 ends[place] = End(self.found[index], outside, index == last)
         candidates = [self.found[index] for index in sorted(self.found)]

@@ -18,6 +18,7 @@ from shaped_attn.sde.chain import (
     root_of,
     wishart_factor,
 )
+from shaped_attn.sde.network import FiniteNetwork
 from shaped_attn.sde.settings import BlockSettings, Detuning
 
 DTYPE = torch.float64
@@ -30,9 +31,9 @@ def draw(*sizes, source):
     return torch.randn(*sizes, dtype=DTYPE, generator=source)
 
 
-def networks(settings, head_dim, samples, source):
+def networks(settings, samples, source):
     """V after three blocks of width 12, written out from covariance-sde.md (1)-(6)."""
-    tokens, n = V0.shape[0], WIDTH
+    tokens, n, head_dim = V0.shape[0], WIDTH, settings.head_dim
     rows, mass = settings.zero_logit_attention(tokens, V0)
     softmax_gain = settings.head_gains("softmax_gain", V0)
     center_gain = settings.head_gains("center_gain", V0) - settings.detuning.softmax / n
@@ -70,16 +71,8 @@ def networks(settings, head_dim, samples, source):
     return x @ x.mT / n
 
 
-def make_chain(settings, head_dim, source, width=WIDTH):
-    return WidthChain(
-        settings,
-        V0,
-        width=width,
-        head_dim=head_dim,
-        scale=1 / (settings.tau0 * math.sqrt(width * head_dim)),
-        skip_gain=math.sqrt(settings.skip_gain**2 + settings.detuning.variance / width),
-        generator=source,
-    )
+def describe(head_dim=4, **settings):
+    return FiniteNetwork(width=WIDTH, depth=LAYERS, head_dim=head_dim, **settings)
 
 
 def statistics(v):
@@ -117,10 +110,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_chain_has_the_law_of_networks(name):
     changes, head_dim = CASES[name]
-    settings = BlockSettings(branch_gain=0.7, tau0=0.3, **changes)
+    settings = describe(head_dim, branch_gain=0.7, tau0=0.3, **changes)
     source = seeded(list(CASES).index(name))
-    expected = networks(settings, head_dim, SAMPLES, source)
-    chain = make_chain(settings, head_dim, source)
+    expected = networks(settings, SAMPLES, source)
+    chain = WidthChain(settings, V0, source)
     state = chain.start(SAMPLES)
     for index in range(LAYERS):
         state = chain.step(state, index)
@@ -136,14 +129,14 @@ def test_chain_has_the_law_of_networks(name):
     "changes", [{"heads": 1}, {"heads": 2}, {"heads": 2, "out_proj": "gaussian"}]
 )
 def test_start_has_exactly_the_covariance_v0(changes):
-    chain = make_chain(BlockSettings(mlp=False, **changes), 4, seeded())
+    chain = WidthChain(describe(mlp=False, **changes), V0, seeded())
     found = chain.covariance(chain.start(50))
     torch.testing.assert_close(found, V0.expand_as(found), rtol=1e-12, atol=1e-12)
 
 
 def test_slices_of_the_input_differ():
     """What a head writes to is a random part of the input, not a copy of the whole."""
-    state = make_chain(BlockSettings(mlp=False, heads=2), 4, seeded()).start(20000)
+    state = WidthChain(describe(mlp=False, heads=2), V0, seeded()).start(20000)
     slices = state @ state.mT
     torch.testing.assert_close(slices.mean(0), V0.expand(2, 3, 3), rtol=0, atol=0.03)
     # A Haar frame: the trace of a slice has the variance of a Dirichlet weight.

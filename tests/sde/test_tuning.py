@@ -122,6 +122,9 @@ def test_a_passage_between_two_values_of_the_scan_is_found():
     found = search(of_gain(steep), (0.25, 0.45)).branch_gain
     assert ends(found) == (0.28, 0.30)
     assert (found.low.outside, found.high.outside) == (0.27, 0.31)
+    # It goes before values of the scan that come later.
+    later = search(of_gain(lambda gain: 0.3 if gain > 0.5 else steep(gain)), (0.25, 0.45))
+    assert ends(later.branch_gain) == (0.28, 0.30)
 
 
 def test_a_jump_over_the_band_finds_nothing_and_names_the_nearest():
