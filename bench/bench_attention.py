@@ -180,6 +180,9 @@ def test_attention(case, which, benchmark, entry_of, stopwatch, ceilings, is_com
     }
     if ceilings:
         benchmark.extra_info |= of_ceilings(benchmark.extra_info["times"]["ours"], ceilings)
+        benchmark.extra_info["host_ms"] = {
+            name: timing.host_ms(step) for name, step in steps.items()
+        }
         peaks = {name: timing.peak_bytes(step) for name, step in steps.items()}
         benchmark.extra_info |= memory(peaks)
     if graphs:

