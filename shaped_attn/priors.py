@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .arguments import Gain
-from .checks import check_size
+from .checks import check_size, fail
+from .validation import broadcasts, check_device, check_own_keys
 from .visibility import Visibility
 
 CACHED_TOKENS = 1024
@@ -55,9 +56,7 @@ class PriorTable:
         if key_start is not None:
             first = key_start.clamp(min=0)[:, None, None, None]
             query, key = query - first, key - first
-        if self.form == "geometric":
-            return self._geometric(query, key)
-        return self._column(query, key)
+        return (self._geometric if self.form == "geometric" else self._column)(query, key)
 
     def _geometric(self, query: Tensor, key: Tensor) -> Tensor:
         corner, diagonal, first, other, fall = self.values.T[..., None, None]  # (H, 1, 1) each
@@ -114,7 +113,7 @@ class ESPA:
             _check_parameter("ESPA", name, getattr(self, name))
         low, high = self.decay_out, self.decay_in
         if not isinstance(low, Tensor) and not 0 < low < math.inf:
-            raise ValueError(f"decay_out must be above 0 and finite, got {low}. Try 0.005.")
+            fail(ValueError, "decay_out", "must be above 0 and finite", low, "Try 0.005.")
         if not isinstance(high, Tensor) and not high > 0:
             raise ValueError(f"decay_in must be above 0, got {high}. math.inf is the identity.")
         _check_order("ESPA", "decay_out", low, "decay_in", high)
@@ -139,12 +138,6 @@ class ESPA:
         ]
         rates.append(decay)
         return [ESPA(a, b) for a, b in zip(rates[:-1], rates[1:], strict=True)]
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether a rate is to be learned."""
-        rates = (self.decay_in, self.decay_out)
-        return any(isinstance(rate, Tensor) and rate.requires_grad for rate in rates)
 
     def kernel(self, tokens: int, *, entering: bool = False) -> Tensor:
         """Return the token kernel that leaves, or enters, (H or 1, tokens, tokens) float64."""
@@ -223,10 +216,9 @@ class USPA:
             value = getattr(self, name)
             _check_parameter("USPA", name, value)
             if isinstance(value, Tensor) and value.requires_grad:
-                raise ValueError(
-                    f"{name} cannot be learned, got a Tensor that requires a gradient. "
-                    f"Pass {name}.detach(), or learn the rates of ESPA."
-                )
+                got = "a Tensor that requires a gradient"
+                remedy = f"Pass {name}.detach(), or learn the rates of ESPA."
+                fail(ValueError, name, "cannot be learned", got, remedy)
             if not isinstance(value, Tensor) and not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}. Try 0.8.")
         _check_order("USPA", "rho_in", self.rho_in, "rho_out", self.rho_out)
@@ -243,11 +235,6 @@ class USPA:
         values = [-math.expm1(layer / layers * math.log1p(-rho)) for layer in range(layers)]
         values.append(rho)
         return [USPA(a, b) for a, b in zip(values[:-1], values[1:], strict=True)]
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether a correlation is to be learned: never."""
-        return False
 
     def kernel(self, tokens: int, *, entering: bool = False) -> Tensor:
         """Return the token kernel that leaves, or enters, (H or 1, tokens, tokens) float64."""
@@ -313,38 +300,34 @@ def resolve_prior(
     if prior is None:
         return None
     q_offset, key_start, key_end = visibility.q_offset, visibility.key_start, visibility.key_end
-    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
+    heads, keys = q.shape[1], k.shape[2]
     if isinstance(prior, Tensor):
         return check_table(PriorTable("dense", prior), q, k)
     if not isinstance(prior, (ESPA, USPA)):
-        raise TypeError(
-            "prior must be None (uniform), an ESPA, a USPA or a Tensor with the log of the prior "
-            f"matrix, got {type(prior).__name__}. Leave it out for the uniform prior."
+        rule = (
+            "must be None (uniform), an ESPA, a USPA or a Tensor with the log of the prior matrix"
         )
+        fail(TypeError, "prior", rule, type(prior).__name__, "Leave it out for the uniform prior.")
     for name in prior._PARAMETERS:  # not vars, which torch 2.11 cannot compile
         value = getattr(prior, name)
         if isinstance(value, Tensor) and value.ndim == 1 and value.shape[0] not in (1, heads):
-            raise ValueError(
-                f"prior.{name} as a Tensor must have shape () or (H,) = ({heads},), got shape "
-                f"({value.shape[0]},). Give one value, or one value per query head."
-            )
-    if queries > 0 and (q_offset < 0 or q_offset + queries > keys):
-        raise ValueError(
-            f"prior needs a key at the position of every query, 0 <= q_offset + i < S = {keys} for "
-            f"i < T = {queries}, got queries at {q_offset} to {q_offset + queries - 1}. "
-            "Choose q_offset between 0 and S - T."
-        )
+            rule = f"as a Tensor must have shape () or (H,) = ({heads},)"
+            got, remedy = f"shape ({len(value)},)", "Give one value, or one value per query head."
+            fail(ValueError, f"prior.{name}", rule, got, remedy)
+    check_own_keys("prior", "Choose q_offset between 0 and S - T.", q, k, q_offset)
     if visibility.is_causal:
         return prior.table(keys, q.device)
     if key_start is not None or key_end is not None:
-        raise ValueError(
-            "prior without a causal mask depends on the number of tokens, so key_start and key_end "
-            f"must be None, got {'key_start' if key_start is not None else 'key_end'}. "
-            "Use is_causal=True, sequences of one length, or a prior for each as a Tensor."
+        rule = (
+            "without a causal mask depends on the number of tokens, so key_start and key_end must "
+            "be None"
         )
+        got = "key_start" if key_start is not None else "key_end"
+        remedy = "Use is_causal=True, sequences of one length, or a prior for each as a Tensor."
+        fail(ValueError, "prior", rule, got, remedy)
     table = prior.root_table(keys, q.device)
     if table.form == "dense":
-        return PriorTable("dense", table.values[:, q_offset : q_offset + queries])
+        return PriorTable("dense", table.values[:, q_offset : q_offset + q.shape[2]])
     return table
 
 
@@ -358,46 +341,29 @@ def check_table(table: PriorTable, q: Tensor, k: Tensor) -> PriorTable:
         "column": (heads, 4, values.shape[-1] if values.ndim else 0),
     }.get(table.form)
     if wanted is None:
-        raise ValueError(
-            f'prior_form must be "dense", "geometric" or "column", got {table.form!r}. '
-            "Pass prior to shaped_attention, which chooses it."
-        )
+        rule = 'must be "dense", "geometric" or "column"'
+        remedy = "Pass prior to shaped_attention, which chooses it."
+        fail(ValueError, "prior_form", rule, repr(table.form), remedy)
     if not values.is_floating_point():
-        raise TypeError(
-            f"prior as a Tensor must have a floating dtype, got {values.dtype}. "
-            "Pass the natural logarithm of the prior weights, -inf for weight 0."
-        )
-    is_dense = table.form == "dense"
-    shape = tuple(values.shape)
-    if (
-        len(shape) > len(wanted)
-        or (len(shape) < len(wanted) and not is_dense)
-        or any(
-            size != full and size != 1
-            for size, full in zip(reversed(shape), reversed(wanted), strict=False)
-        )
-    ):
+        remedy = "Pass the natural logarithm of the prior weights, -inf for weight 0."
+        fail(TypeError, "prior", "as a Tensor must have a floating dtype", values.dtype, remedy)
+    is_dense, shape = table.form == "dense", tuple(values.shape)
+    if not broadcasts(shape, wanted) or (len(shape) < len(wanted) and not is_dense):
         rule = f'of form "{table.form}" must have shape'
         if is_dense:
             rule = "as a Tensor must broadcast to (H, T, S) ="
-        raise ValueError(
-            f"prior {rule} {wanted}, got shape {shape}. A prior shared by all heads is (T, S)."
-        )
-    if values.device != q.device:
-        raise ValueError(
-            f"prior must be on the device of q, {q.device}, got {values.device}. "
-            "Move it with prior.to(q.device)."
-        )
+        remedy = "A prior shared by all heads is (T, S)."
+        fail(ValueError, "prior", f"{rule} {wanted}", f"shape {shape}", remedy)
+    check_device("prior", values, q)
     return table
 
 
 def check_learnable(table: PriorTable) -> None:
     """Check that the kernels have a gradient of this table."""
     if table.form != "geometric":
-        raise ValueError(
-            "prior cannot be learned with impl='triton', but for an ESPA under a causal mask, got "
-            f"a {table.form} prior that requires a gradient. Pass impl='torch', or detach it."
-        )
+        rule = "cannot be learned with impl='triton', but for an ESPA under a causal mask"
+        got = f"a {table.form} prior that requires a gradient"
+        fail(ValueError, "prior", rule, got, "Pass impl='torch', or detach it.")
 
 
 def prior_matrix(prior: ESPA | USPA, tokens: int, *, is_causal: bool = True) -> Tensor:
@@ -428,24 +394,21 @@ def _parameters(first: Gain, second: Gain, device: torch.device | None) -> tuple
 def _check_parameter(prior: str, name: str, value: object) -> None:
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.ndim > 1:
-            raise TypeError(
-                f"{name} of {prior} as a Tensor must be floating and of shape () or (H,), got "
-                f"{value.dtype}, shape {tuple(value.shape)}. Give one value, or one for each head."
-            )
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise TypeError(
-            f"{name} of {prior} must be a number or a Tensor, got {value!r} of type "
-            f"{type(value).__name__}. Pass a float, or a Tensor with one value for each head."
-        )
+            rule = "as a Tensor must be floating and of shape () or (H,)"
+            got = f"{value.dtype}, shape {tuple(value.shape)}"
+            remedy = "Give one value, or one for each head."
+            fail(TypeError, f"{name} of {prior}", rule, got, remedy)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        got = f"{value!r} of type {type(value).__name__}"
+        remedy = "Pass a float, or a Tensor with one value for each head."
+        fail(TypeError, f"{name} of {prior}", "must be a number or a Tensor", got, remedy)
 
 
 def _check_order(prior: str, low_name: str, low: Gain, high_name: str, high: Gain) -> None:
     if not isinstance(low, Tensor) and not isinstance(high, Tensor) and high < low:
-        raise ValueError(
-            f"{high_name} must be at least {low_name} = {low:g}, or entries of the prior are "
-            f"negative, got {high:g}. Correlations of tokens can only grow; see {prior}.schedule."
-        )
+        rule = f"must be at least {low_name} = {low:g}, or entries of the prior are negative"
+        remedy = f"Correlations of tokens can only grow; see {prior}.schedule."
+        fail(ValueError, high_name, rule, f"{high:g}", remedy)
 
 
 _cache: dict[tuple, Tensor] = {}

@@ -9,7 +9,8 @@ better; memory is relative too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,43 +22,41 @@ Entry = Mapping[str, Any]
 
 
 class Gate(NamedTuple):
-    """A bound on one ratio, asked of every entry that `applies` says."""
+    """A bound on one ratio, asked of one pass at the lengths from `shortest` to `longest`."""
 
-    name: str
+    which: str
     ratio: str
     bound: float
-    applies: Callable[[Entry], bool]
+    shortest: float = 0
+    longest: float = math.inf
+
+    @property
+    def name(self) -> str:
+        """What it is a bound on."""
+        return f"{self.which}: {_RATIOS[self.ratio]}"
+
+    def applies(self, entry: Entry) -> bool:
+        """Whether it is asked of an entry."""
+        fits = entry["pass"] == self.which and self.shortest <= entry["length"] <= self.longest
+        return fits and entry.get("set") == "gates" and self.ratio in entry
 
     def is_met(self, value: float) -> bool:
         """Whether the ratio is on the right side."""
         return value <= self.bound if self.ratio == "memory_vs_cudnn" else value >= self.bound
 
 
-def _is_long(entry: Entry) -> bool:
-    return entry["length"] >= 4096
-
-
-def _is_short(entry: Entry) -> bool:
-    return entry["length"] <= 1024
-
-
-def _gate(which: str, ratio: str, bound: float, applies: Callable = lambda entry: True) -> Gate:
-    name = {
-        "speed_vs_plain": "speed relative to the fastest plain peer",
-        "speed_vs_composition": "speed relative to the composition",
-        "memory_vs_cudnn": "peak memory relative to cuDNN's",
-    }[ratio]
-    return Gate(
-        f"{which}: {name}", ratio, bound, lambda entry: entry["pass"] == which and applies(entry)
-    )
-
+_RATIOS = {
+    "speed_vs_plain": "speed relative to the fastest plain peer",
+    "speed_vs_composition": "speed relative to the composition",
+    "memory_vs_cudnn": "peak memory relative to cuDNN's",
+}
 
 GATES = (
-    _gate("forward", "speed_vs_plain", 0.75, _is_long),
-    _gate("backward", "speed_vs_plain", 0.7, _is_long),
-    _gate("forward+backward", "speed_vs_composition", 1.0, _is_long),
-    _gate("forward+backward", "speed_vs_composition", 1.3, _is_short),
-    _gate("forward+backward", "memory_vs_cudnn", 1.05),
+    Gate("forward", "speed_vs_plain", 0.75, shortest=4096),
+    Gate("backward", "speed_vs_plain", 0.7, shortest=4096),
+    Gate("forward+backward", "speed_vs_composition", 1.0, shortest=4096),
+    Gate("forward+backward", "speed_vs_composition", 1.3, longest=1024),
+    Gate("forward+backward", "memory_vs_cudnn", 1.05),
 )
 
 
@@ -74,7 +73,7 @@ def gates(benchmarks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for gate in GATES
         for entry in entries
-        if entry.get("set") == "gates" and gate.ratio in entry and gate.applies(entry)
+        if gate.applies(entry)
     ]
 
 
