@@ -37,8 +37,9 @@ class Gate(NamedTuple):
 
     def applies(self, entry: Entry) -> bool:
         """Whether it is asked of an entry."""
-        fits = entry["pass"] == self.which and self.shortest <= entry["length"] <= self.longest
-        return fits and entry.get("set") == "gates" and self.ratio in entry
+        if entry.get("set") != "gates" or self.ratio not in entry or entry["pass"] != self.which:
+            return False
+        return self.shortest <= entry["length"] <= self.longest
 
     def is_met(self, value: float) -> bool:
         """Whether the ratio is on the right side."""

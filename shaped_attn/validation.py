@@ -138,7 +138,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None) -> No
         fail(ValueError, "k", rule, f"shape {tuple(k.shape)}", remedy)
     if heads % kv_heads != 0:
         rule = f"must have a number of heads that divides that of q, {heads}"
-        remedy = "Use as many key-value heads as query heads, or a divisor (grouped-query)."
+        remedy = "Use as many as query heads, or a divisor of their number (grouped-query heads)."
         fail(ValueError, "k", rule, f"{kv_heads} heads", remedy)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
