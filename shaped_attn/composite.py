@@ -122,18 +122,14 @@ class _VisibleKeys:
     prior: PriorTable | None
 
     @property
-    def has_range(self) -> bool:
-        return self.key_start is not None or self.key_end is not None
-
-    @property
     def differs_by_row(self) -> bool:
         return self.is_causal or (self.attn_mask is not None and self.attn_mask.shape[2] != 1)
 
     @property
     def suits_sdpa(self) -> bool:
         """Whether ``scaled_dot_product_attention`` needs no mask: all keys, or its triangle."""
-        has_mask = self.has_range or self.attn_mask is not None
-        return not has_mask and (not self.is_causal or self.q_offset == 0)
+        masks = (self.key_start, self.key_end, self.attn_mask)
+        return all(x is None for x in masks) and (not self.is_causal or self.q_offset == 0)
 
     def reach(self, stop: int) -> int:
         """Return how many of the first keys the queries before ``stop`` may see, at least 1."""
@@ -150,28 +146,6 @@ class _VisibleKeys:
         if self.key_end is not None:
             inside = _both(inside, key < self.key_end[:, None, None, None])
         return inside
-
-    def mask(self, start: int, stop: int, keys: int, device: torch.device) -> Tensor | None:
-        """Return the mask of some queries over the first keys, with size 1 where it is constant."""
-        mask = self.in_range(keys, device)
-        if self.is_causal:
-            position = self.q_offset + torch.arange(start, stop, device=device)
-            triangle = torch.arange(keys, device=device) <= position[:, None]
-            mask = _both(mask, triangle[None, None])
-        if self.attn_mask is not None:
-            part = self.attn_mask
-            part = part if part.shape[2] == 1 else part[:, :, start:stop]
-            part = part if part.shape[3] == 1 else part[..., :keys]
-            mask = _both(mask, part).expand(-1, -1, -1, keys)
-        return mask
-
-    def log_prior(self, start: int, stop: int, keys: int, dtype: torch.dtype) -> Tensor:
-        """Return log A0 of some queries over the first keys, -inf where a key is not visible."""
-        logs = self.prior.log_rows(
-            start, stop, keys, q_offset=self.q_offset, key_start=self.key_start
-        ).to(dtype)
-        mask = self.mask(start, stop, keys, logs.device)
-        return logs if mask is None else torch.where(mask, logs, -torch.inf)
 
     def used(self, device: torch.device) -> Tensor | None:
         """Return which keys some query may see, (1 or B, 1, S, 1), or None for all."""
@@ -216,11 +190,27 @@ class _Chunk:
 
     def mask(self) -> Tensor | None:
         """Return which keys are visible, with size 1 where it is constant; None for all."""
-        return self.visible.mask(self.start, self.stop, self.k.shape[2], self.q.device)
+        visible, keys, device = self.visible, self.k.shape[2], self.q.device
+        mask = visible.in_range(keys, device)
+        if visible.is_causal:
+            position = visible.q_offset + torch.arange(self.start, self.stop, device=device)
+            triangle = torch.arange(keys, device=device) <= position[:, None]
+            mask = _both(mask, triangle[None, None])
+        if visible.attn_mask is not None:
+            part = visible.attn_mask
+            part = part if part.shape[2] == 1 else part[:, :, self.start : self.stop]
+            part = part if part.shape[3] == 1 else part[..., :keys]
+            mask = _both(mask, part).expand(-1, -1, -1, keys)
+        return mask
 
     def log_prior(self) -> Tensor:
         """Return log A0, -inf where a key is not visible."""
-        return self.visible.log_prior(self.start, self.stop, self.k.shape[2], self.q.dtype)
+        q_offset, key_start = self.visible.q_offset, self.visible.key_start
+        logs = self.visible.prior.log_rows(
+            self.start, self.stop, self.k.shape[2], q_offset=q_offset, key_start=key_start
+        ).to(self.q.dtype)
+        mask = self.mask()
+        return logs if mask is None else torch.where(mask, logs, -torch.inf)
 
     def logits(self) -> Tensor:
         """Return scale q . k, (B, H, rows, keys)."""
@@ -376,10 +366,7 @@ def _mix(
     if not terms:
         # The branch gain stays in the graph, with gradient 0.
         return _times(gains.branch, q.new_zeros(*q.shape[:3], value_dim))
-    out = terms[0]
-    for term in terms[1:]:
-        out = out + term
-    return out
+    return sum(terms[1:], terms[0])
 
 
 def _rows(x: Tensor, start: int, count: int) -> Tensor:

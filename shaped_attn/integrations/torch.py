@@ -22,11 +22,12 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from ..arguments import Gain
-from ..checks import check_choice, check_choice_or_number, check_number
+from ..checks import check_choice, check_choice_or_number, check_number, fail
 from ..functional import shaped_attention
 from ..validation import IMPLEMENTATIONS
 
 _SCALES = ("width", "standard")
+_NO_IDENTITY = "Pass identity_gain=0, or replace the modules with self-attention alone"
 _REPLACED = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 # What torch runs in place of these where no gradient is needed. Under a mode it takes the other way
 # by itself; a call from elsewhere must not pass unnoticed.
@@ -55,11 +56,9 @@ class ReplacedSdpa:
         """
         for part, original, made in self._replaced:
             if type(part) is not made:
-                raise ValueError(
-                    f"module must have its {original.__name__} as replace_sdpa left it, got one of "
-                    f"class {type(part).__name__} in its place. "
-                    "Undo what was done to it later first."
-                )
+                rule = f"must have its {original.__name__} as replace_sdpa left it"
+                got = f"one of class {type(part).__name__} in its place"
+                fail(ValueError, "module", rule, got, "Undo what was done to it later first.")
         for part, original, _ in self._replaced:
             part.__class__ = original
         self._replaced = []
@@ -136,7 +135,7 @@ def replace_sdpa(
         ...     out = encoder(torch.randn(2, 10, 64))
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}. Pass a model.")
+        fail(TypeError, "module", "must be an nn.Module", type(module).__name__, "Pass a model.")
     mode = _Mode(_Attention(identity_gain, softmax_gain, center_gain, scale, impl))
     made: dict[type[nn.Module], type[nn.Module]] = {}
     classes = {}
@@ -150,20 +149,32 @@ def replace_sdpa(
                 made[kind] = _subclass(kind, mode)
             classes[part] = made[kind]
     if not classes:
-        raise ValueError(
-            "module must have a part that can call F.scaled_dot_product_attention, got a "
-            f"{type(module).__name__} of torch's other layers alone. "
-            "Pass the model that has the attention."
-        )
+        got = f"a {type(module).__name__} of torch's other layers alone"
+        remedy = "Pass the model that has the attention."
+        rule = "must have a part that can call F.scaled_dot_product_attention"
+        fail(ValueError, "module", rule, got, remedy)
     return ReplacedSdpa(module, classes)
 
 
-def replacing_sdpa(kind: type[nn.Module], **options: Any) -> type[nn.Module]:
+def replacing_sdpa(
+    kind: type[nn.Module],
+    *,
+    identity_gain: Gain = 1.0,
+    softmax_gain: Gain = 1.0,
+    center_gain: Gain = 1.0,
+    scale: str | float = "width",
+    impl: str = "auto",
+) -> type[nn.Module]:
     """Return a subclass of a module's class in whose forward attention is shaped.
 
     Args:
         kind: the class.
-        **options: the keyword arguments of `replace_sdpa`. All instances share their Tensors.
+        identity_gain, softmax_gain, center_gain, scale, impl: as in `replace_sdpa`. All instances
+            share their Tensors.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or is out of its range; the class is
+            a replacement already.
 
     Example:
         timm takes it for its own layer:
@@ -174,10 +185,11 @@ def replacing_sdpa(kind: type[nn.Module], **options: Any) -> type[nn.Module]:
             model = VisionTransformer(attn_layer=replacing_sdpa(Attention))
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-        raise TypeError(f"kind must be a class of nn.Module, got {kind!r}. Pass a class.")
+        fail(TypeError, "kind", "must be a class of nn.Module", repr(kind), "Pass a class.")
     if issubclass(kind, _Replacing):
-        raise ValueError(f"kind must not be replaced already, got {kind}. Pass the original class.")
-    return _subclass(kind, _Mode(_Attention(**options)))
+        fail(ValueError, "kind", "must not be replaced already", kind, "Pass the original class.")
+    attention = _Attention(identity_gain, softmax_gain, center_gain, scale, impl)
+    return _subclass(kind, _Mode(attention))
 
 
 def _may_attend(kind: type[nn.Module]) -> bool:
@@ -211,32 +223,26 @@ def _subclass(kind: type[nn.Module], mode: _Mode) -> type[nn.Module]:
 
 
 def _check_part(name: str, part: nn.Module) -> None:
+    kind = type(part).__name__
     if isinstance(part, _Replacing):
-        raise ValueError(
-            f"{name} must not be inside of a replacement already, got {type(part).__name__}. "
-            "Undo that one first."
-        )
+        rule = "must not be inside of a replacement already"
+        fail(ValueError, name, rule, kind, "Undo that one first.")
     if isinstance(part, torch.jit.ScriptModule):
-        raise ValueError(
-            f"{name} must not be TorchScript, whose calls cannot be replaced, got "
-            f"{type(part).__name__}. Replace before scripting, or do not."
-        )
+        rule = "must not be TorchScript, whose calls cannot be replaced"
+        fail(ValueError, name, rule, kind, "Replace before scripting, or do not.")
     if "forward" in vars(part) and not isinstance(part, torch._dynamo.OptimizedModule):
-        raise ValueError(
-            f"{name} must have the forward of its class, got one of its own, such as a hook of "
-            "accelerate puts there. Replace before that is put there."
-        )
+        rule = "must have the forward of its class"
+        got = "one of its own, such as a hook of accelerate puts there"
+        fail(ValueError, name, rule, got, "Replace before that is put there.")
     _check_fused(name, part)
 
 
 def _check_fused(name: str, part: nn.Module) -> None:
     # timm's flag: without it a layer multiplies the matrices itself.
     if getattr(part, "fused_attn", None) is False:
-        raise ValueError(
-            f"{name} must call F.scaled_dot_product_attention, got a {type(part).__name__} with "
-            "fused_attn=False. "
-            "Set fused_attn=True on it, or call timm.layers.set_fused_attn() before it is made."
-        )
+        got = f"a {type(part).__name__} with fused_attn=False"
+        remedy = "Set fused_attn=True on it, or call timm.layers.set_fused_attn() before making it."
+        fail(ValueError, name, "must call F.scaled_dot_product_attention", got, remedy)
 
 
 def _check_recomputation() -> None:
@@ -247,11 +253,10 @@ def _check_recomputation() -> None:
         if frame.f_globals is globals() and code.co_name == "forward":
             return
         if code.co_filename == checkpoint.__code__.co_filename:
-            raise ValueError(
-                "torch.utils.checkpoint must be given a module, where attention is replaced, got a "
-                "function that calls F.scaled_dot_product_attention. "
-                "Checkpoint the module around it, or switch checkpointing off."
-            )
+            rule = "must be given a module, where attention is replaced"
+            got = "a function that calls F.scaled_dot_product_attention"
+            remedy = "Checkpoint the module around it, or switch checkpointing off."
+            fail(ValueError, "torch.utils.checkpoint", rule, got, remedy)
         frame = frame.f_back
 
 
@@ -275,10 +280,9 @@ class _Mode(TorchFunctionMode):
                     return self.attention(*args, **kwargs)
                 return self.attention.multi_head(*args, **kwargs)
         if func in _FUSED:
-            raise ValueError(
-                "module must not call torch's fused layers, which cannot be shaped, got "
-                f"{func.__name__}. Use nn.MultiheadAttention or F.scaled_dot_product_attention."
-            )
+            rule = "must not call torch's fused layers, which cannot be shaped"
+            remedy = "Use nn.MultiheadAttention or F.scaled_dot_product_attention."
+            fail(ValueError, "module", rule, func.__name__, remedy)
         name = getattr(func, "__name__", "")
         if name in _TENSOR_METHODS and func is getattr(Tensor, name):
             return getattr(args[0], name)(*args[1:], **kwargs)
@@ -317,7 +321,8 @@ class _Attention:
         enable_gqa: bool = False,
     ) -> Tensor:
         if is_causal and attn_mask is not None:
-            raise ValueError("attn_mask must be None for is_causal=True, got both. Leave one out.")
+            rule = "must be None for is_causal=True"
+            fail(ValueError, "attn_mask", rule, "both", "Leave one out.")
         self._check_heads(query)
         self._check_identity(query, key)
         if not enable_gqa:
@@ -348,10 +353,9 @@ class _Attention:
         """Take the place of ``F.multi_head_attention_forward``."""
         given = dict(zip(_MULTI_HEAD_NAMES, args, strict=False)) | kwargs
         if given.get("need_weights", True):
-            raise ValueError(
-                "need_weights must be False: the weights of shaped attention are not computed, got "
-                "True. Call the attention with need_weights=False."
-            )
+            rule = "must be False: the weights of shaped attention are not computed"
+            remedy = "Call the attention with need_weights=False."
+            fail(ValueError, "need_weights", rule, True, remedy)
         return self.multi_head_function(*args, **kwargs)
 
     def check_self_attention(
@@ -359,11 +363,9 @@ class _Attention:
     ) -> None:
         """Check what only the arguments of an ``nn.MultiheadAttention`` tell."""
         if self._has_identity() and query is not key:
-            raise ValueError(
-                "identity_gain must be 0 for cross-attention, which has no key at the position of "
-                f"a query, got {self.identity_gain} and a query that is not the key. "
-                "Pass identity_gain=0, or replace the modules with self-attention alone."
-            )
+            rule = "must be 0 for cross-attention, which has no key at the position of a query"
+            got = f"{self.identity_gain} and a query that is not the key"
+            fail(ValueError, "identity_gain", rule, got, f"{_NO_IDENTITY}.")
 
     def _has_identity(self) -> bool:
         return isinstance(self.identity_gain, Tensor) or self.identity_gain != 0.0
@@ -373,20 +375,16 @@ class _Attention:
         if query.ndim >= 4:
             return
         if self.scale == "width" or any(isinstance(x, Tensor) and x.ndim > 0 for x in gains):
-            raise ValueError(
-                'query must have shape (..., H, T, D) for scale="width" and gains per head, got '
-                f"shape {tuple(query.shape)}. "
-                'Pass scale="standard" or a number, and gains that all heads share.'
-            )
+            rule = 'must have shape (..., H, T, D) for scale="width" and gains per head'
+            remedy = 'Pass scale="standard" or a number, and gains that all heads share.'
+            fail(ValueError, "query", rule, f"shape {tuple(query.shape)}", remedy)
 
     def _check_identity(self, query: Tensor, key: Tensor) -> None:
         if self._has_identity() and query.shape[-2] != key.shape[-2]:
-            raise ValueError(
-                "identity_gain must be 0 where queries and keys are not the same tokens, got "
-                f"{self.identity_gain}, with {query.shape[-2]} queries and {key.shape[-2]} keys. "
-                "Pass identity_gain=0, or replace the modules with self-attention alone; call a "
-                "model with a key-value cache without it."
-            )
+            rule = "must be 0 where queries and keys are not the same tokens"
+            sizes = f"with {query.shape[-2]} queries and {key.shape[-2]} keys"
+            remedy = f"{_NO_IDENTITY}; call a model with a key-value cache without it."
+            fail(ValueError, "identity_gain", rule, f"{self.identity_gain}, {sizes}", remedy)
 
     def _scale(self, query: Tensor, asked: float | None) -> float:
         if self.scale == "width":
