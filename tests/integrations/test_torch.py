@@ -448,6 +448,8 @@ def test_a_class_with_replaced_attention():
         replacing_sdpa(kind)
     with pytest.raises(TypeError, match="kind must be a class of nn.Module"):
         replacing_sdpa(plain)
+    with pytest.raises(TypeError, match=r"replacing_sdpa\(\) got an unexpected .* 'gain'"):
+        replacing_sdpa(type(plain), gain=1.0)
 
 
 def test_docstring_example():

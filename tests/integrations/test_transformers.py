@@ -618,6 +618,8 @@ def test_not_a_model():
         apply_shaped_attention(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="config must be a PreTrainedConfig"):
         configure_shaped_attention(build("llama"))
+    with pytest.raises(TypeError, match=r"configure_shaped_attention\(\) got .*'gain'"):
+        configure_shaped_attention(build("llama").config, gain=1.0)
 
 
 def test_cross_attention_has_no_identity_term():

@@ -11,6 +11,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 from transformers.utils.import_utils import is_tracing
 
 from ...arguments import Gains, is_zero
+from ...checks import fail
 from ...functional import is_autocast, shaped_attention
 from ...ops import attention_from_gains
 from ...visibility import Visibility
@@ -141,28 +142,27 @@ def shaped_attention_forward(
     Returns:
         (B, T, H, Dv), and None in place of attention weights.
     """
-    gains = getattr(module, GAINS, None)
+    kind, gains = type(module).__name__, getattr(module, GAINS, None)
     if gains is None:
-        raise ValueError(
-            f'attn_implementation="{ATTENTION}" must be chosen with apply_shaped_attention or '
-            f"configure_shaped_attention, got a {type(module).__name__} without gains. "
-            "Call apply_shaped_attention on the whole model."
-        )
+        rule = "must be chosen with apply_shaped_attention or configure_shaped_attention"
+        got = f"a {kind} without gains"
+        remedy = "Call apply_shaped_attention on the whole model."
+        fail(ValueError, f'attn_implementation="{ATTENTION}"', rule, got, remedy)
     if dropout != 0.0:
-        raise ValueError(
-            f"dropout of the attention weights must be 0 ({type(module).__name__}), got {dropout}. "
+        remedy = (
             "Build the model with it set to 0 in the config (attention_dropout, attn_pdrop or "
             "attention_probs_dropout_prob), or call model.eval()."
         )
+        rule = f"of the attention weights must be 0 ({kind})"
+        fail(ValueError, "dropout", rule, dropout, remedy)
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
-            refuse(f"{type(module).__name__}, which {what} ({name})")
+            refuse(f"{kind}, which {what} ({name})")
     refuse_output_attentions(kwargs)
     if query.shape[1] != gains.heads:
-        raise ValueError(
-            f"query of {type(module).__name__} must have all {gains.heads} heads, got "
-            f"{query.shape[1]}. Tensor parallelism is not supported: use data parallelism or FSDP."
-        )
+        rule = f"of {kind} must have all {gains.heads} heads"
+        remedy = "Tensor parallelism is not supported: use data parallelism or FSDP."
+        fail(ValueError, "query", rule, query.shape[1], remedy)
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     options = gains()
     options["scale"] = _scale(gains.scale, module, query, scaling)
@@ -183,21 +183,19 @@ def shaped_attention_forward(
     elif attention_mask.dtype == torch.int8:
         options["attn_mask"] = (attention_mask & 1).bool()
     else:
-        raise TypeError(
-            f"attention_mask of {type(module).__name__} must be bool if it has 4 dimensions, got "
-            f"{attention_mask.dtype}. "
+        remedy = (
             "Pass a mask that is True where a query sees a key, or a 2-D mask of padding. An "
             "additive mask, or a model that adds a bias to its logits, cannot be shaped."
         )
+        rule = f"of {kind} must be bool if it has 4 dimensions"
+        fail(TypeError, "attention_mask", rule, attention_mask.dtype, remedy)
     if not is_zero(options["identity_gain"]) and key.shape[2] != queries:
         is_marked = attention_mask is not None and attention_mask.dtype == torch.int8
         if not is_causal and not is_marked:
-            raise ValueError(
-                "identity_gain must be 0.0 in cross-attention, where a query is no key "
-                f"({type(module).__name__} with {queries} queries and {key.shape[2]} keys), got "
-                f"{options['identity_gain']}. "
-                "Apply with identity_gain=0.0, or to a model without cross-attention."
-            )
+            sizes = f"{kind} with {queries} queries and {key.shape[2]} keys"
+            rule = f"must be 0.0 in cross-attention, where a query is no key ({sizes})"
+            remedy = "Apply with identity_gain=0.0, or to a model without cross-attention."
+            fail(ValueError, "identity_gain", rule, options["identity_gain"], remedy)
         if "attn_mask" in options:
             # The operator knows one distance of queries and keys per call, a mask one per row.
             options["residual"] = _own_values(query, value, attention_mask)
@@ -252,41 +250,33 @@ def _scale(
         return None if scale == "width" else scale
     if scaling == 1.0 and own == head_dim**-0.5:  # the queries are scaled already
         return (query.shape[1] ** -0.5 if scale == "width" else scale * head_dim) / own / head_dim
-    raise ValueError(
-        f'scale must be "standard" for {type(module).__name__}, which scales its queries in its '
-        f'own way, got {scale!r}. Apply with scale="standard".'
-    )
+    kind = type(module).__name__
+    rule = f'must be "standard" for {kind}, which scales its queries in its own way'
+    fail(ValueError, "scale", rule, repr(scale), 'Apply with scale="standard".')
 
 
 def _check_cache(
-    queries: int,
-    keys: int,
-    q_offset: int | Tensor,
-    kv_offset: int,
-    is_causal: bool,
+    queries: int, keys: int, q_offset: int | Tensor, kv_offset: int, is_causal: bool
 ) -> None:
     """Check that the keys of these queries fit into a static cache."""
     is_static = isinstance(q_offset, Tensor) or (is_causal and q_offset == 0)
     needed = int(q_offset) - kv_offset + queries
     if is_static and needed > keys:
-        raise ValueError(
-            f"cache must have room for all tokens, {needed}, got a length of {keys}. "
-            "Build the StaticCache with a larger max_cache_len, or use a DynamicCache."
-        )
+        rule = f"must have room for all tokens, {needed}"
+        remedy = "Build the StaticCache with a larger max_cache_len, or use a DynamicCache."
+        fail(ValueError, "cache", rule, f"a length of {keys}", remedy)
 
 
 def refuse(what: str) -> NoReturn:
     """Raise for attention that does what shaped attention cannot."""
-    raise ValueError(
-        f"model must have no attention that shaped attention cannot compute, got {what}. "
-        "Use another model, build it without that, or apply to a part of it that has none."
-    )
+    rule = "must have no attention that shaped attention cannot compute"
+    remedy = "Use another model, build it without that, or apply to a part of it that has none."
+    fail(ValueError, "model", rule, what, remedy)
 
 
 def refuse_output_attentions(kwargs: dict[str, Any]) -> None:
     """Raise if attention weights are asked for."""
     if kwargs.get("output_attentions"):
-        raise ValueError(
-            "output_attentions must be False: shaped attention has no T x S matrix to return, got "
-            "True. Leave it out, or use shaped_attn.nn.ShapedAttention.attention_matrix."
-        )
+        rule = "must be False: shaped attention has no T x S matrix to return"
+        remedy = "Leave it out, or use shaped_attn.nn.ShapedAttention.attention_matrix."
+        fail(ValueError, "output_attentions", rule, True, remedy)

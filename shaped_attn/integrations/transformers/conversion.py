@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from ...checks import check_choice_or_number, check_flag, check_head_gain, check_kind
+from ...checks import check_choice_or_number, check_flag, check_head_gain, check_kind, fail
 from ...nn.gains import GAIN_NAMES, ShapingGains
 from .attention import (
     ATTENTION,
@@ -79,17 +79,15 @@ def apply_shaped_attention(
     check_kind("model", model, PreTrainedModel, _NO_MODEL)
     choice = _checked(identity_gain, softmax_gain, center_gain, scale, trainable_gains, annealable)
     if trainable_gains and not torch.is_grad_enabled():
-        raise ValueError(
-            "trainable_gains must be False where autograd is off, got True under torch.no_grad() "
-            "or torch.inference_mode(). Call apply_shaped_attention outside of it."
-        )
+        rule = "must be False where autograd is off"
+        got = "True under torch.no_grad() or torch.inference_mode()"
+        remedy = "Call apply_shaped_attention outside of it."
+        fail(ValueError, "trainable_gains", rule, got, remedy)
     for path, module in model.named_modules():
         if isinstance(module, ShapedGains) and module.gain_scheme != "fixed":
-            raise ValueError(
-                "model must not have gains that training or annealing moves, got "
-                f"{type(model).__name__} with {path}. "
-                "Start again from the original model: a second call would lose their values."
-            )
+            rule = "must not have gains that training or annealing moves"
+            remedy = "Start again from the original model: a second call would lose their values."
+            fail(ValueError, "model", rule, f"{type(model).__name__} with {path}", remedy)
     check_model(model, choice)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
@@ -99,7 +97,16 @@ def apply_shaped_attention(
     return model
 
 
-def configure_shaped_attention(config: PreTrainedConfig, **choice: Any) -> PreTrainedConfig:
+def configure_shaped_attention(
+    config: PreTrainedConfig,
+    *,
+    identity_gain: float | Sequence[float] = 1.0,
+    softmax_gain: float | Sequence[float] = 1.0,
+    center_gain: float | Sequence[float] = 1.0,
+    scale: str | float = "width",
+    trainable_gains: bool = False,
+    annealable: bool = False,
+) -> PreTrainedConfig:
     """Write the choice to a config, in place: models built from it have shaped attention.
 
     The form of `apply_shaped_attention` before construction; for ``Model(config)``,
@@ -108,7 +115,8 @@ def configure_shaped_attention(config: PreTrainedConfig, **choice: Any) -> PreTr
 
     Args:
         config: of the model, with its parts if it has any.
-        **choice: the keyword arguments of `apply_shaped_attention`.
+        identity_gain, softmax_gain, center_gain, scale, trainable_gains, annealable: as in
+            `apply_shaped_attention`.
 
     Returns:
         ``config``.
@@ -119,7 +127,7 @@ def configure_shaped_attention(config: PreTrainedConfig, **choice: Any) -> PreTr
     """
     remedy = "For a model that exists, call apply_shaped_attention."
     check_kind("config", config, PreTrainedConfig, remedy)
-    choice = _checked(**choice)
+    choice = _checked(identity_gain, softmax_gain, center_gain, scale, trainable_gains, annealable)
     _write(config, choice)
     for part in _sub_configs(config):
         _write(part, choice)
@@ -148,21 +156,17 @@ def remove_shaped_attention(model: PreTrainedModel) -> PreTrainedModel:
         path: module for path, module in model.named_modules() if isinstance(module, ShapedGains)
     }
     if not found:
-        raise ValueError(
-            f"model must have shaped attention, got a {type(model).__name__} without it. "
-            "There is nothing to remove."
-        )
+        got = f"a {type(model).__name__} without it"
+        fail(ValueError, "model", "must have shaped attention", got, "There is nothing to remove.")
     plain = dict(zip(GAIN_NAMES, (0.0, 1.0, 0.0), strict=True))
     for path, gains in found.items():
         is_plain = gains.scale == "standard" and all(
             bool((torch.as_tensor(gain) == plain[name]).all()) for name, gain in gains().items()
         )
         if not is_plain:
-            raise ValueError(
-                "model must have identity_gain 0, softmax_gain 1, center_gain 0 and scale "
-                f'"standard", got {path}: {gains}. '
-                "Train it there first: apply with annealable=True and call anneal_gains."
-            )
+            rule = 'must have identity_gain 0, softmax_gain 1, center_gain 0 and scale "standard"'
+            remedy = "Train it there first: apply with annealable=True and call anneal_gains."
+            fail(ValueError, "model", rule, f"{path}: {gains}", remedy)
     for path in found:
         delattr(model.get_submodule(path.rpartition(".")[0]), GAINS)
     for part in model.modules():
@@ -190,10 +194,8 @@ def _checked(
     check_flag("trainable_gains", trainable_gains)
     check_flag("annealable", annealable)
     if trainable_gains and annealable:
-        raise ValueError(
-            "annealable must be False with trainable_gains, got True. "
-            "Choose one: gains move by training or by a schedule."
-        )
+        remedy = "Choose one: gains move by training or by a schedule."
+        fail(ValueError, "annealable", "must be False with trainable_gains", True, remedy)
     choice = {}
     for name, gain in zip(GAIN_NAMES, (identity_gain, softmax_gain, center_gain), strict=True):
         heads = len(gain) if isinstance(gain, (list, tuple, Tensor)) and len(gain) else 1
@@ -242,11 +244,10 @@ class ShapedGains(ShapingGains):
 def _check_forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook: without it a model would be plain, or return no attention weights."""
     if hasattr(model.config, ATTENTION) and model.config._attn_implementation != ATTENTION:
-        raise ValueError(
-            f'attn_implementation must stay "{ATTENTION}" while {type(model).__name__} has shaped '
-            f"attention, got {model.config._attn_implementation!r}. "
-            "Set it back with model.set_attn_implementation, or call remove_shaped_attention."
-        )
+        rule = f'must stay "{ATTENTION}" while {type(model).__name__} has shaped attention'
+        got = repr(model.config._attn_implementation)
+        remedy = "Set it back with model.set_attn_implementation, or call remove_shaped_attention."
+        fail(ValueError, "attn_implementation", rule, got, remedy)
     refuse_output_attentions(kwargs)
 
 
@@ -311,11 +312,9 @@ def _chosen(check_and_adjust: Callable) -> Callable:
     ) -> str:
         if is_init_check and getattr(self.config, ATTENTION, None) is not None:
             if attn_implementation not in (None, ATTENTION):
-                raise ValueError(
-                    f'attn_implementation must be "{ATTENTION}" for a config with shaped '
-                    f"attention, got {attn_implementation!r}. "
-                    f"Leave it out, or delete config.{ATTENTION} for a plain model."
-                )
+                rule = f'must be "{ATTENTION}" for a config with shaped attention'
+                remedy = f"Leave it out, or delete config.{ATTENTION} for a plain model."
+                fail(ValueError, "attn_implementation", rule, repr(attn_implementation), remedy)
             if not self._can_set_attn_implementation():  # it may know no name but its own
                 refuse_without_interface(self)
             attn_implementation = ATTENTION

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...checks import check_head_gain
+from ...checks import check_head_gain, fail
 from ...nn.gains import GAIN_NAMES
 from .attention import REFUSED, refuse
 
@@ -94,20 +94,20 @@ def check_model(model: PreTrainedModel, choice: dict[str, Any]) -> None:
             refuse(f"{where} {REFUSED['position_bias']}")
         is_identity_free = choice["identity_gain"] == 0.0 and not choice["trainable_gains"]
         if not is_identity_free and _is_cross(path, module):
-            raise ValueError(
-                f"identity_gain must be 0.0 and not trained in {where} is cross-attention, where a "
-                f"query is no key, got {choice['identity_gain']}. "
-                "Pass identity_gain=0.0, or shape a model without cross-attention."
+            rule = (
+                f"must be 0.0 and not trained in {where} is cross-attention, where a query is no "
+                "key"
             )
+            remedy = "Pass identity_gain=0.0, or shape a model without cross-attention."
+            fail(ValueError, "identity_gain", rule, choice["identity_gain"], remedy)
 
 
 def refuse_without_interface(model: PreTrainedModel) -> NoReturn:
     """Raise for a model of which no attention can be replaced."""
-    raise ValueError(
-        "model must have attention that goes through transformers.AttentionInterface, got "
-        f"{type(model).__name__}, which does not use it. "
-        "Use another model, or build one from shaped_attn.nn."
-    )
+    rule = "must have attention that goes through transformers.AttentionInterface"
+    got = f"{type(model).__name__}, which does not use it"
+    remedy = "Use another model, or build one from shaped_attn.nn."
+    fail(ValueError, "model", rule, got, remedy)
 
 
 def _is_other_attention(module: nn.Module) -> bool:
@@ -139,8 +139,7 @@ def query_heads(module: nn.Module, model: PreTrainedModel) -> int:
             heads = getattr(source, name, None)
             if isinstance(heads, int) and heads > 0:
                 return heads
-    raise ValueError(
-        f"model must have attention modules that tell their number of heads ({', '.join(names)}), "
-        f"got {type(model).__name__} with a {type(module).__name__} that does not. "
-        "Set num_heads on the attention modules."
-    )
+    listed = ", ".join(names)
+    rule = f"must have attention modules that tell their number of heads ({listed})"
+    got = f"{type(model).__name__} with a {type(module).__name__} that does not"
+    fail(ValueError, "model", rule, got, "Set num_heads on the attention modules.")
