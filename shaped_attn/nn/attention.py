@@ -94,8 +94,7 @@ class ShapedAttention(Initialized, nn.Module):
         learned_gains: gains that "learn" trains. Default ("identity_gain", "center_gain").
         impl: as in `shaped_attn.shaped_attention`. Default "auto".
         deterministic: whether equal inputs give equal bits, as there. Default True.
-        device: of the parameters. Default: torch's default device.
-        dtype: of the parameters. Default: torch's default dtype.
+        device, dtype: of the parameters. Default: those of torch.
 
     Raises:
         TypeError: an argument has the wrong type.

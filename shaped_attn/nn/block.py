@@ -183,8 +183,7 @@ class ShapedBlock(TransformerBlock):
         identity_gain, softmax_gain, center_gain, gain_scheme, learned_gains: likewise.
         impl, deterministic: likewise.
         mlp_ratio, c_plus, c_minus, trainable_slopes: as in `ShapedMLP`.
-        device: of the parameters. Default: torch's default device.
-        dtype: of the parameters. Default: torch's default dtype.
+        device, dtype: of the parameters. Default: those of torch.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -222,13 +222,13 @@ class ShapedTransformerConfig(ModelConfig):
     def block_arguments(self) -> dict[str, Any]:
         """Return the arguments of each `ShapedBlock`, or for other methods of `build_blocks`."""
         has_skip, norm = self.wiring()
-        is_shaped = self.method == "shaped"
-        taken = inspect.signature(ShapedBlock if is_shaped else build_blocks).parameters
-        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in taken}
-        shared |= {"is_causal": self.kind == "decoder", "norm": norm}
-        if not is_shaped:
-            return shared | {"has_skip": has_skip}
-        return shared if has_skip else shared | {"branch_gain": 1.0, "skip_gain": 0.0}
+        names = inspect.signature(ShapedBlock).parameters.keys() & vars(self).keys()
+        found = {name: getattr(self, name) for name in names}
+        found |= {"is_causal": self.kind == "decoder", "norm": norm}
+        if self.method == "shaped":
+            return found if has_skip else found | {"branch_gain": 1.0, "skip_gain": 0.0}
+        shared = {name: x for name, x in found.items() if name not in SHAPED_FIELDS}
+        return shared | {"method": self.method, "depth": self.depth, "has_skip": has_skip}
 
     def build_blocks(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

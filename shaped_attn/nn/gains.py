@@ -45,8 +45,7 @@ class ShapingGains(Initialized, nn.Module):
             identity at zero logits.
         gain_scheme: "fixed" (the default), "learn" or "recover".
         learned_gains: names of the gains that "learn" trains. Default identity and centre.
-        device: of the tensors. Default: torch's default device.
-        dtype: of the tensors. Default: torch's default dtype.
+        device, dtype: of the tensors. Default: those of torch.
 
     Raises:
         TypeError: a gain is neither a number nor a sequence of numbers.

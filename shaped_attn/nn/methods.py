@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -167,20 +168,15 @@ def final_norm(method: str, norm: str | None) -> str | None:
 
 def build_blocks(
     method: str,
-    width: int,
     depth: int,
-    heads: int,
     *,
     has_skip: bool,
     norm: str | None,
-    is_causal: bool,
-    kv_heads: int | None = None,
-    head_dim: int | None = None,
-    mlp_ratio: float = 1.0,
-    impl: str = "auto",
-    deterministic: bool = True,
+    width: int,
+    mlp_ratio: float,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    **attention_arguments: Any,
 ) -> Iterator[TransformerBlock]:
     """Make the blocks of a method other than "shaped", the first layer first.
 
@@ -198,10 +194,6 @@ def build_blocks(
             value_law = "none" if layer else "identity"
         attention = ShapedAttention(
             width,
-            heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            is_causal=is_causal,
             query_proj="zero" if described.has_zero_queries else key_law,
             key_proj=key_law,
             value_proj=value_law,
@@ -213,8 +205,7 @@ def build_blocks(
             center_gain=described.center_gain,
             gain_scheme="learn" if described.learned_gains else "fixed",
             learned_gains=described.learned_gains,
-            impl=impl,
-            deterministic=deterministic,
+            **attention_arguments,
             **factory,
         )
         activation = _activation(law, has_skip, depth)

@@ -63,8 +63,7 @@ class MLP(Initialized, nn.Module):
         mlp_ratio: hidden width over ``width``; the product must be whole. Default 1.0.
         activation: module between the two. Default None: the identity.
         law: "gaussian" (the default; N(0, 1/in)), "orthogonal" or "gpt2" (N(0, 0.02^2)).
-        device: of the parameters. Default: torch's default device.
-        dtype: of the parameters. Default: torch's default dtype.
+        device, dtype: of the parameters. Default: those of torch.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -90,6 +89,10 @@ class MLP(Initialized, nn.Module):
         self.activation = activation
         self.post = Projection(self.hidden_width, width, **options)
 
+    def output_scale(self) -> Gain:
+        """Return the factor of what W_post gives: 1."""
+        return 1.0
+
     def hidden(self, x: Tensor) -> Tensor:
         """Return ``activation(x W_pre)``, (..., hidden)."""
         hidden = self.pre(x)
@@ -103,7 +106,7 @@ class MLP(Initialized, nn.Module):
         skip_gain: Gain = 1.0,
         branch_gain: Gain = 1.0,
     ) -> Tensor:
-        """Return ``skip_gain * residual + branch_gain * activation(x W_pre) W_post``.
+        """Return ``skip_gain * residual + branch_gain * output_scale() * hidden(x) W_post``.
 
         Args:
             x: (..., width), dtype of the parameters unless under autocast.
@@ -114,7 +117,7 @@ class MLP(Initialized, nn.Module):
         """
         leading = tuple("..." for _ in x.shape[:-1])
         check_shape("x", x, (*leading, self.width))
-        return self.post(self.hidden(x), residual, skip_gain, branch_gain)
+        return self.post(self.hidden(x), residual, skip_gain, branch_gain * self.output_scale())
 
     def extra_repr(self) -> str:
         """Return the sizes."""
@@ -132,7 +135,7 @@ class ShapedMLP(MLP):
         c_n = 2 / (s_+^2 + s_-^2)
 
     The slopes depend on ``width``, not on the hidden width. c_n keeps the mean square of what it
-    multiplies; with trained slopes it follows them.
+    multiplies; with trained slopes it follows them, and is not mixed in the epilogue.
 
     Parameters, and stacks of weights, are those of `MLP` with law "gaussian"; with
     ``trainable_slopes`` also ``c_plus`` and ``c_minus``, each () and at first the value given.
@@ -144,8 +147,7 @@ class ShapedMLP(MLP):
         c_plus: shape constant of the positive side. Default 0.0.
         c_minus: shape constant of the negative side. Default -1.0.
         trainable_slopes: whether ``c_plus`` and ``c_minus`` are parameters. Default False.
-        device: of the parameters. Default: torch's default device.
-        dtype: of the parameters. Default: torch's default dtype.
+        device, dtype: of the parameters. Default: those of torch.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -209,21 +211,6 @@ class ShapedMLP(MLP):
     def hidden(self, x: Tensor) -> Tensor:
         """Return ``sigma_s(x W_pre)``, (..., hidden)."""
         return shaped_relu(self.pre(x), *self.slopes())
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        *,
-        skip_gain: Gain = 1.0,
-        branch_gain: Gain = 1.0,
-    ) -> Tensor:
-        """Return ``skip_gain * residual + branch_gain * sqrt(c_n) * sigma_s(x W_pre) W_post``.
-
-        Arguments as in `MLP`. Slopes that are trained are not mixed in the epilogue.
-        """
-        branch_gain = branch_gain * self.output_scale()
-        return super().forward(x, residual, skip_gain=skip_gain, branch_gain=branch_gain)
 
     def extra_repr(self) -> str:
         """Return sizes and shape constants."""

@@ -30,8 +30,7 @@ class Projection(Initialized, nn.Linear):
         in_features: size of the last dimension of x.
         out_features: size of the last dimension of the result.
         law: of the initial weight, such as `gaussian` (the default) or `orthogonal`.
-        device: of the weight. Default: torch's default device.
-        dtype: of the weight. Default: torch's default dtype.
+        device, dtype: of the weight. Default: those of torch.
 
     References:
         Noci et al., The Shaped Transformer, arXiv 2306.17759; covariance-sde.md (1), (2).

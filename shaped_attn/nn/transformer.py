@@ -98,8 +98,7 @@ class ShapedTransformer(GenerationMixin, SavingMixin, Initialized, nn.Module):
 
     Args:
         config: a `ShapedTransformerConfig`.
-        device: of the parameters. Default: torch's default device.
-        dtype: of the parameters. Default: torch's default dtype.
+        device, dtype: of the parameters. Default: those of torch.
 
     Raises:
         TypeError: ``config`` is something else.
