@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_divides, check_positive, check_size, fail
 from ..nn import Projection, ShapedBlock
+from ..settings import documented, setting
 from .chain import WidthChain, normal, root_of
 from .paths import EIGENVALUE_RANGE, OnProgress, Stop, run
 from .sample import CovarianceSample
@@ -23,6 +25,13 @@ _WEIGHT_BYTES = 2**26  # of one layer of all networks that run at a time
 _CHAIN_PATHS = 1024
 
 
+def _check_scale(name: str, value: Any) -> str | float:
+    if isinstance(value, str):
+        return check_choice(name, value, SCALES)
+    return check_positive(name, value)
+
+
+@documented
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FiniteNetwork(BlockSettings):
     """Networks of `BlockSettings` with a width and a depth, at initialisation.
@@ -30,41 +39,32 @@ class FiniteNetwork(BlockSettings):
     Unlike `CovarianceSDE` it takes any gains and temperature, also those whose V has no limit:
     ``center_gain=0`` or ``scale="standard"`` show what shaping prevents.
 
-    Args:
-        width: n.
-        depth: number of blocks.
-        head_dim: n_k, size of a head's queries and keys. Default None: width / heads.
-        scale: of the logits q . k: "width" is 1 / (tau0 sqrt(n n_k)); "standard" is
-            1 / (tau0 sqrt(n_k)), the temperature without the width; or a number. Default "width".
-
-    The other arguments are those of `BlockSettings`.
-
     Raises:
         ValueError: heads do not divide the width, or an argument is out of its range.
     """
 
-    width: int
-    depth: int
-    head_dim: int | None = None
-    scale: str | float = "width"
+    width: int = setting(MISSING, "n.", check_size)
+    depth: int = setting(MISSING, "Number of blocks.", check_size)
+    head_dim: int | None = setting(
+        None, "n_k, size of a head's queries and keys.", check_size, none="width / heads"
+    )
+    scale: str | float = setting(
+        "width",
+        'Of the logits q . k: "width" is 1 / (tau0 sqrt(n n_k)); "standard" is 1 / (tau0 '
+        "sqrt(n_k)), the temperature without the width; or a number.",
+        _check_scale,
+    )
 
     def __post_init__(self) -> None:
         """Check the settings and fill in the size of a head."""
         super().__post_init__()
-        check_size("width", self.width)
-        check_size("depth", self.depth)
         check_divides("heads", self.heads, "width", self.width)
         if self.head_dim is None:
             self._set("head_dim", self.width // self.heads)
-        check_size("head_dim", self.head_dim)
         if self.skip_gain**2 + self.detuning.variance / self.width < 0:
             rule = f"must be at least -skip_gain^2 * width = {-(self.skip_gain**2) * self.width:g}"
             remedy = "Give a larger width, or a smaller detuning."
             fail(ValueError, "detuning.variance", rule, f"{self.detuning.variance:g}", remedy)
-        if isinstance(self.scale, str):
-            check_choice("scale", self.scale, SCALES)
-        else:
-            check_positive("scale", self.scale)
 
     @property
     def scale_value(self) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_positive, check_size, fail
+from ..settings import documented, setting
 from .integrators import Integrator, integrator_of
 from .moments import Coefficients
 from .paths import EIGENVALUE_RANGE, OnProgress, Stop, run
@@ -17,6 +18,7 @@ from .settings import BlockSettings, variance_correction
 from .start import check_covariance, check_start
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CovarianceSDE(BlockSettings):
     """The law of V = X X^T / n when depth and width grow at a fixed ratio.
@@ -29,12 +31,6 @@ class CovarianceSDE(BlockSettings):
     of one head, no mask and no W_O is that of arXiv 2306.17759. One layer is a step of dt = 1/n.
     The convergence is local: the drift is cubic and paths can blow up in finite time.
 
-    Args:
-        width: of a target network: multiplies the drift of the MLP by its c_n, the largest effect
-            of a finite width (section 9). Default None: the limit itself.
-
-    The other arguments are those of `BlockSettings`.
-
     Raises:
         ValueError: the gains have no limit: skip_gain^2 + (identity_gain branch_gain)^2 is not 1,
             the centre's gain is not that of softmax, or there is an MLP beside an identity gain
@@ -46,13 +42,17 @@ class CovarianceSDE(BlockSettings):
         >>> sample.quantiles()["rho_12"][-1]  # 5, 50 and 95 % at depth = width
     """
 
-    width: int | None = None
+    width: int | None = setting(
+        None,
+        "Of a target network: multiplies the drift of the MLP by its c_n, the largest effect of a "
+        "finite width (section 9).",
+        check_size,
+        none="the limit itself",
+    )
 
     def __post_init__(self) -> None:
         """Check the settings, and that they have a limit."""
         super().__post_init__()
-        if self.width is not None:
-            check_size("width", self.width)
         like = torch.zeros((), dtype=torch.float64)
         gains = [self.head_gains(name, like) for name in ("center_gain", "softmax_gain")]
         if not torch.equal(*gains):

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import (
-    check_choice,
-    check_flag,
+    HeadGain,
     check_head_gain,
-    check_int,
+    check_kind,
     check_number,
     check_positive,
     check_size,
     fail,
 )
+from ..settings import check_settings, documented, setting
 from .sample import plain
 
 OUT_PROJ = ("none", "orthogonal", "gaussian")
@@ -54,6 +54,38 @@ class ZeroLogitAttention(NamedTuple):
     mass: Tensor
 
 
+def _check_detuning(name: str, value: Any) -> Detuning:
+    remedy = "Use shaped_attn.sde.Detuning(identity=..., softmax=..., variance=...)."
+    for part, number in vars(check_kind(name, value, Detuning, remedy)).items():
+        check_number(f"{name}.{part}", number)
+    return value
+
+
+def _check_square(name: str, value: Any) -> Tensor:
+    rule, remedy = "must be an (m, m) Tensor", "Give one row per token."
+    if not isinstance(value, Tensor):
+        fail(TypeError, name, rule, type(value).__name__, remedy)
+    if value.ndim != 2 or value.shape[0] != value.shape[1]:
+        fail(ValueError, name, rule, f"shape {tuple(value.shape)}", remedy)
+    return value
+
+
+def _check_mask(name: str, value: Any) -> Tensor:
+    if _check_square(name, value).dtype != torch.bool:
+        fail(TypeError, name, "must be bool", value.dtype, "Make it True where a token is seen.")
+    return value
+
+
+def _check_prior(name: str, value: Any) -> Tensor:
+    if not (_check_square(name, value).isfinite().all() and (value >= 0).all()):
+        rule = "must be finite with no negative entry"
+        got = f"entries from {float(value.min()):g} to {float(value.max()):g}"
+        remedy = "Give the attention matrix at zero logits itself, not its logarithm."
+        fail(ValueError, name, rule, got, remedy)
+    return value
+
+
+@documented
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockSettings:
     """One block: attention, then an MLP, each mixed with its skip path.
@@ -68,74 +100,59 @@ class BlockSettings:
     per head, where P0 is softmax at zero logits under the same mask, and sigma has the slopes
     1 + c_plus / sqrt(n) above and 1 + c_minus / sqrt(n) below zero. covariance-sde.md (1)-(6).
 
-    Args:
-        tau0: temperature. Default 1.0.
-        branch_gain: weight of each branch, from 0 to 1. Default 0.5.
-        skip_gain: weight of each skip path. Default None: so that V keeps its size,
-            sqrt(1 - (identity_gain branch_gain)^2).
-        identity_gain: weight of the identity in the attention matrix. Default 1.0.
-        softmax_gain: weight of softmax, one number or one for each head. Default 1.0.
-        center_gain: weight of the mean of the visible values. Default None: that of softmax.
-        heads: number of heads. Default 1.
-        is_causal: whether token i sees only the tokens up to i. Default False.
-        key_start: first token that is not padding. Default None: 0.
-        key_end: one past the last token that is not padding. Default None: m.
-        attn_mask: (m, m) bool, True where the token of the row sees that of the column. Default
-            None: no further mask.
-        prior: (m, m) the attention matrix A0 at zero logits, no entry negative; zero hides a key.
-            The softmax and the centre of a row are multiplied by the sum of its row of A0. Default
-            None: uniform over the visible keys.
-        attention: whether the block has attention. Default True.
-        mlp: whether the block has an MLP. Default True.
-        mlp_ratio: hidden width of the MLP over n. Default 1.0.
-        c_plus, c_minus: shape of the activation. Default 0.0 and -1.0.
-        out_proj: "none", or the law of W_O: "gaussian" or (Haar) "orthogonal". Default "none".
-        detuning: mismatches of order 1/n. Default none.
-
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of its range.
     """
 
-    tau0: float = 1.0
-    branch_gain: float = 0.5
-    skip_gain: float | None = None
-    identity_gain: float = 1.0
-    softmax_gain: float | Sequence[float] = 1.0
-    center_gain: float | Sequence[float] | None = None
-    heads: int = 1
-    is_causal: bool = False
-    key_start: int | None = None
-    key_end: int | None = None
-    attn_mask: Tensor | None = None
-    prior: Tensor | None = None
-    attention: bool = True
-    mlp: bool = True
-    mlp_ratio: float = 1.0
-    c_plus: float = 0.0
-    c_minus: float = -1.0
-    out_proj: str = "none"
-    detuning: Detuning = Detuning()
+    tau0: float = setting(1.0, "Temperature.", check_positive)
+    branch_gain: float = setting(
+        0.5, "Weight of each branch, from 0 to 1.", partial(check_number, low=0, high=1)
+    )
+    skip_gain: float | None = setting(
+        None,
+        "Weight of each skip path.",
+        none="so that V keeps its size, sqrt(1 - (identity_gain branch_gain)^2)",
+    )
+    identity_gain: float = setting(1.0, "Weight of the identity in the attention matrix.")
+    softmax_gain: HeadGain = setting(1.0, "Weight of softmax, one number or one for each head.")
+    center_gain: HeadGain | None = setting(
+        None, "Weight of the mean of the visible values.", none="that of softmax"
+    )
+    heads: int = setting(1, "Number of heads.", check_size)
+    is_causal: bool = setting(False, "Whether token i sees only the tokens up to i.")
+    key_start: int | None = setting(None, "First token that is not padding.", none="0")
+    key_end: int | None = setting(None, "One past the last token that is not padding.", none="m")
+    attn_mask: Tensor | None = setting(
+        None,
+        "(m, m) bool, True where the token of the row sees that of the column.",
+        _check_mask,
+        none="no further mask",
+    )
+    prior: Tensor | None = setting(
+        None,
+        "(m, m) the attention matrix A0 at zero logits, no entry negative; zero hides a key. The "
+        "softmax and the centre of a row are multiplied by the sum of its row of A0.",
+        _check_prior,
+        none="uniform over the visible keys",
+    )
+    attention: bool = setting(True, "Whether the block has attention.")
+    mlp: bool = setting(True, "Whether the block has an MLP.")
+    mlp_ratio: float = setting(1.0, "Hidden width of the MLP over n.", check_positive)
+    c_plus: float = setting(0.0, "Shape of the activation above 0.")
+    c_minus: float = setting(-1.0, "Shape of the activation below 0.")
+    out_proj: str = setting(
+        "none",
+        'Law of W_O, where "orthogonal" is that of Haar; or "none" for no such factor.',
+        choices=OUT_PROJ,
+    )
+    detuning: Detuning = setting(Detuning(), "Mismatches of order 1/n.", _check_detuning)
 
     def __post_init__(self) -> None:
         """Check every field and fill in the gains that follow from others."""
-        for name in ("tau0", "mlp_ratio"):
-            check_positive(name, getattr(self, name))
-        check_number("branch_gain", self.branch_gain, 0, 1)
-        for name in ("identity_gain", "c_plus", "c_minus"):
-            check_number(name, getattr(self, name))
-        check_size("heads", self.heads)
-        for name in ("is_causal", "attention", "mlp"):
-            check_flag(name, getattr(self, name))
+        check_settings(self)
         if not (self.attention or self.mlp):
             names, rule = "attention and mlp", "must not both be False"
             fail(ValueError, names, rule, "no sub-layer", "Switch one of them on.")
-        check_choice("out_proj", self.out_proj, OUT_PROJ)
-        if not isinstance(self.detuning, Detuning):
-            remedy = "Use shaped_attn.sde.Detuning(identity=..., softmax=..., variance=...)."
-            got = type(self.detuning).__name__
-            fail(TypeError, "detuning", "must be a Detuning", got, remedy)
-        for name, value in vars(self.detuning).items():
-            check_number(f"detuning.{name}", value)
         self._set("softmax_gain", check_head_gain("softmax_gain", self.softmax_gain, self.heads))
         center_gain = self.softmax_gain if self.center_gain is None else self.center_gain
         self._set("center_gain", check_head_gain("center_gain", center_gain, self.heads))
@@ -150,37 +167,9 @@ class BlockSettings:
                     "Give skip_gain, or lower one of the two gains.",
                 )
             self._set("skip_gain", math.sqrt(1 - size**2))
-        check_number("skip_gain", self.skip_gain)
-        for name in ("key_start", "key_end"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name))
-        self._check_matrices()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-
-    def _check_matrices(self) -> None:
-        for name in ("attn_mask", "prior"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            rule, remedy = "must be an (m, m) Tensor", "Give one row per token."
-            if not isinstance(value, Tensor):
-                fail(TypeError, name, rule, type(value).__name__, remedy)
-            if value.ndim != 2 or value.shape[0] != value.shape[1]:
-                fail(ValueError, name, rule, f"shape {tuple(value.shape)}", remedy)
-        mask, prior = self.attn_mask, self.prior
-        if mask is not None and mask.dtype != torch.bool:
-            remedy = "Make it True where a token is seen."
-            fail(TypeError, "attn_mask", "must be bool", mask.dtype, remedy)
-        if prior is not None and not (prior.isfinite().all() and (prior >= 0).all()):
-            fail(
-                ValueError,
-                "prior",
-                "must be finite with no negative entry",
-                f"entries from {float(prior.min()):g} to {float(prior.max()):g}",
-                "Give the attention matrix at zero logits itself, not its logarithm.",
-            )
 
     @property
     def slices(self) -> int:
