@@ -92,13 +92,15 @@ def _measure(path: Path, select: str | None) -> int:
 
 def tables(report: Report) -> list[Table]:
     """Tables for the terminal: the operator, models and the SDE, gates; as far as there are any."""
+    found: list[Table] = []
 
-    def make(title: str, *columns: str) -> Table:
-        return empty_table(*columns, is_narrow=False, title=f"\n{title}", title_style="bold")
+    def begin(title: str, *columns: str) -> Table:
+        style = {"title": f"\n{title}", "title_style": "bold"}
+        found.append(empty_table(*columns, is_narrow=False, **style))
+        return found[-1]
 
-    found = []
     if report.attention:
-        table = make(
+        table = begin(
             "shaped attention; speed relative to the fastest plain peer and to the composition",
             *("case", "pass", "ms", "TFLOP/s", "/ plain", "/ compos.", "memory", "kernels"),
         )
@@ -114,10 +116,9 @@ def tables(report: Report) -> list[Table]:
                 _ratio(entry, "memory_vs_cudnn"),
                 entry.get("family") or "-",
             )
-        found.append(table)
     compared = [entry for entry in report.attention if "hopper_vs_portable" in entry]
     if compared:
-        table = make(
+        table = begin(
             "kernels for Hopper; speed relative to the portable ones, and with sums in any order "
             "relative to a fixed one",
             *("case", "pass", "auto picks", "/ portable", "any order"),
@@ -130,22 +131,19 @@ def tables(report: Report) -> list[Table]:
                 _ratio(entry, "hopper_vs_portable"),
                 _ratio(entry, "any_order_vs_fixed"),
             )
-        found.append(table)
     if report.others:
-        table = make("models and the covariance SDE", "case", "ms", "peers (ms)")
+        table = begin("models and the covariance SDE", "case", "ms", "peers (ms)")
         for entry in report.others:
             times = {name: f"{x['median_ms']:.4g}" for name, x in entry["times"].items()}
             ours = times.pop("ours")
             table.add_row(entry["case"], ours, ", ".join(map(" ".join, times.items())))
-        found.append(table)
     if report.gates:
-        table = make("gates", "gate", "case", "value", "bound", "")
+        table = begin("gates", "gate", "case", "value", "bound", "")
         for gate in report.gates:
             verdict = "[green]met[/]" if gate["met"] else "[bold red]missed[/]"
             table.add_row(
                 gate["gate"], gate["case"], f"{gate['value']:.2f}", f"{gate['bound']:g}", verdict
             )
-        found.append(table)
     return found
 
 

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import (
-    default_impls,
-    device_option,
-    empty_table,
-    json_option,
-    prepare_kernels,
-    resolve_device,
-    usage_errors,
-)
+from . import common
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +30,11 @@ FAMILIES = ("auto", "portable", "hopper")  # those of kernels.families, which im
     type=click.Choice(IMPLS),
     help="Implementation to check; may be repeated.  [default: triton, on a CPU torch and triton]",
 )
-@device_option
+@common.device_option
 @click.option(
     "--length",
     type=click.IntRange(min=16),
-    help="Sequence length.  [default: 512; 128 under Triton's interpreter]",
+    help="Sequence length.  [default: 512; 128 on a CPU]",
 )
 @click.option("--quick", is_flag=True, help="Fewer logit scales; inputs without mean or sink.")
 @click.option(
@@ -63,7 +55,7 @@ FAMILIES = ("auto", "portable", "hopper")  # those of kernels.families, which im
     help="Seconds without a result after which kernels on a GPU hang.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the inputs.")
-@json_option
+@common.json_option
 @click.pass_context
 def check(
     context: click.Context,
@@ -83,22 +75,22 @@ def check(
     if a kernel hangs.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
     from .. import fidelity, watchdog
 
-    torch_device = resolve_device(device)
+    torch_device = common.resolve_device(device)
     if family == "hopper":
         impls = impls or ("triton",)
         if set(impls) != {"triton"}:
             raise click.UsageError(
                 f"--family hopper must have --impl triton alone, got {', '.join(impls)}; drop one"
             )
-    impls = impls or default_impls(torch_device)
-    prepare_kernels(impls, torch_device)
+    impls = impls or common.default_impls(torch_device)
+    common.prepare_kernels(impls, torch_device)
     options: dict[str, Any] = {"device": torch_device, "seed": seed, "family": family}
     if "triton" in impls:
-        with usage_errors():
+        with common.usage_errors():
             fidelity.check_family(family, torch_device)
     measure: Callable[..., FidelityReport] = fidelity.measure
     if family == "hopper":
@@ -114,7 +106,7 @@ def check(
     if _may_hang(impls, torch_device):
         options["run"] = partial(watchdog.run, processes=_processes(), limit=limit)
     with Progress(
-        TextColumn("measuring"),
+        "measuring",
         BarColumn(),
         MofNCompleteColumn(),
         console=Console(stderr=True),
@@ -184,7 +176,7 @@ def _render(rows: list[list[Measurement]], device: torch.device) -> Group:
     kernels = "" if first.family is None else f", {first.family} kernels"
     # A title of the table itself would be wrapped at the table's width.
     title = f"{first.impl} ({where}), {first.dtype}, T = {first.length}, {first.regime}{kernels}"
-    drawn = empty_table("logit std", *(f"{m.logit_std:g}" for m in rows[0]), "used")
+    drawn = common.empty_table("logit std", *(f"{m.logit_std:g}" for m in rows[0]), "used")
     for row in rows:
         errors = [
             Text(fidelity.format_error(m.error), style="" if m.is_within else "bold red")

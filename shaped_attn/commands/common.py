@@ -121,26 +121,13 @@ def long_work(device: torch.device) -> Iterator[dict[str, Any]]:
     """Show progress on stderr and take Ctrl-C for a request, for functions that know of both."""
     import torch
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress
 
     from ..interrupt import stop_on_interrupt
 
     with (
         stop_on_interrupt() as request,
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        ) as progress,
+        Progress(console=Console(stderr=True), transient=True) as progress,
     ):
         tasks = {}
         threads = torch.get_num_threads()

@@ -14,28 +14,10 @@ import click
 from ..checks import fail
 from ..destination import check_file
 from ..sde import prediction
-from ..sde.prediction import (
-    MEAN_CORRELATION,
-    NetworkComparison,
-    Prediction,
-    Settings,
-    check_matrix,
-    statistic_name,
-    statistics_of,
-)
-from ..sde.sample import LEVELS, CovarianceSample, Estimate, fraction, quantile
+from ..sde.prediction import MEAN_CORRELATION, NetworkComparison, Prediction, Settings
+from ..sde.sample import LEVELS, CovarianceSample, Estimate, fraction, quantile, statistic_name
 from ..sde.tuning import Candidate, End, Interval, Tuning
-from .common import (
-    FILE,
-    INTERRUPTED,
-    READABLE,
-    device_option,
-    empty_table,
-    json_option,
-    long_work,
-    resolve_device,
-    usage_errors,
-)
+from . import common
 from .settings import by_field, config_option, naming, read, setting_options
 
 if TYPE_CHECKING:
@@ -50,10 +32,12 @@ _ROWS = 4  # of the table, beside the start
 
 _output_options = (
     config_option,
-    click.option("--plot", type=FILE, help="Draw the quantiles into this .png, .svg or .pdf."),
-    click.option("--output", type=FILE, help="Write JSON into this file."),
-    json_option,
-    device_option,
+    click.option(
+        "--plot", type=common.FILE, help="Draw the quantiles into this .png, .svg or .pdf."
+    ),
+    click.option("--output", type=common.FILE, help="Write JSON into this file."),
+    common.json_option,
+    common.device_option,
 )
 
 
@@ -86,16 +70,16 @@ def from_settings(*left_out: str) -> Callable[[Callable[..., Outcome]], Callable
             device: str | None,
             **flags: Any,
         ) -> None:
-            torch_device = resolve_device(device)
+            torch_device = common.resolve_device(device)
             _check_files(plot, output)
             outcome = run(_make_settings(config, flags), torch_device)
             _write(outcome, plot, output, as_json)
-            code = outcome.code if outcome.result.is_complete else INTERRUPTED
+            code = outcome.code if outcome.result.is_complete else common.INTERRUPTED
             click.get_current_context().exit(code)
 
         for option in reversed(_output_options):
             command = option(command)
-        changes = {"v0": {"type": READABLE}, "band": {"metavar": "LOW HIGH"}}
+        changes = {"v0": {"type": common.READABLE}, "band": {"metavar": "LOW HIGH"}}
         return setting_options(Settings, *_WITHOUT_EFFECT, *left_out, **changes)(command)
 
     return decorate
@@ -111,7 +95,7 @@ def predict(settings: Settings, device: torch.device) -> Outcome:
     gains and tau0 keep the median correlation in a band. Ctrl-C prints what there is; the exit code
     is then 130.
     """
-    with long_work(device) as work:
+    with common.long_work(device) as work:
         result = prediction.predict(settings, device=device, **work)
     return Outcome(result, {"SDE": result.sample}, _print_prediction)
 
@@ -122,7 +106,7 @@ def _make_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
     A start of the command line replaces that of the file as a whole, be it ``v0`` or a correlation.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    with usage_errors():
+    with common.usage_errors():
         if "v0" in given:
             given["v0"] = _read_covariance(given["v0"])
         values = {} if config is None else _read_config(config, given)
@@ -165,14 +149,14 @@ def _read_covariance(path: Path) -> tuple[tuple[float, ...], ...]:
     except ValueError as error:
         remedy = "Write it with numpy.save, or as JSON: a list of rows."
         fail(ValueError, "v0", f"must be a whole {suffix} file", f"{path} ({error})", remedy)
-    return check_matrix(f"v0 of {path}", matrix)
+    return prediction.check_matrix(f"v0 of {path}", matrix)
 
 
 def _check_files(plot: Path | None, output: Path | None) -> None:
     """Find out now, rather than after minutes, that a result has nowhere to go."""
     for name, path in (("--plot", plot), ("--output", output)):
         if path is not None:
-            with usage_errors():
+            with common.usage_errors():
                 check_file(path, name)
     if plot is not None:
         from ..plots import SUFFIXES
@@ -318,13 +302,13 @@ def count_of(sample: CovarianceSample) -> str:
 
 def _quantile_table(sample: CovarianceSample, width: int) -> Table:
     """Quantiles at a few depths: one row for each depth, three columns for each statistic."""
-    names, found = shown_statistics(sample.tokens), statistics_of(sample)
+    names, found = shown_statistics(sample.tokens), prediction.statistics_of(sample)
     columns = ["\nlayer", "depth\n/ width"]
     for name in names:
         label = "mean rho" if name == MEAN_CORRELATION else name
         columns += ["\n5 %", f"{label}\n50 %", "\n95 %"]
     # All of it is to fit into 80 columns.
-    drawn = empty_table(*columns, words=(), padding=(0, 1, 0, 0))
+    drawn = common.empty_table(*columns, words=(), padding=(0, 1, 0, 0))
     parts = [float(sample.times[-1]) * part / _ROWS for part in range(_ROWS + 1)]
     for k in sorted({int((sample.times - time).abs().argmin()) for time in parts}):
         cells = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,26 +78,26 @@ def train(
     """
     options = {"depths": depths, "methods": methods, "learning_rates": learning_rates}
     options = {name: value for name, value in options.items() if value is not None}
-    if study is None:
-        for name in options:
-            flag = f"--{name.replace('_', '-')}"
-            raise click.UsageError(f"{flag} is an option of --study depth. Add it.")
-        settings = _make_settings(config, flags)
-        with _long_work() as work:
-            result = _run(settings, output, device, work)
-        _print(result.to_dict(), as_json, lambda: _print_result(result, output))
-        if result.status == "diverged":
-            click_context.exit(1)
-        click_context.exit(0 if result.status == "finished" else INTERRUPTED)
-
+    if study is None and options:
+        flag = f"--{next(iter(options)).replace('_', '-')}"
+        raise click.UsageError(f"{flag} is an option of --study depth. Add it.")
     for name, flag in (("method", "--methods"), ("depth", "--depths")):
-        if flags[name] is not None:
+        if study is not None and flags[name] is not None:
             raise click.UsageError(f"--{name} is not an option of --study depth. Give {flag}.")
     settings = _make_settings(config, flags)
     with _long_work() as work:
-        found = _run_study(settings, output, device, work, options)
-    _print(found.to_dict(), as_json, lambda: _print_study(found, output))
-    click_context.exit(0 if found.is_complete else INTERRUPTED)
+        if study is None:
+            found, show = _run(settings, output, device, work), _print_result
+            code = {"finished": 0, "diverged": 1}.get(found.status, INTERRUPTED)
+        else:
+            found, show = _run_study(settings, output, device, work, options), _print_study
+            code = 0 if found.is_complete else INTERRUPTED
+    if _is_main_process():
+        if as_json:
+            click.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+        else:
+            show(found, output)
+    click_context.exit(code)
 
 
 def _make_settings(config: Path | None, flags: dict[str, Any]) -> TrainSettings:
@@ -184,13 +184,7 @@ def _long_work() -> Iterator[dict[str, Any]]:
     A terminal has a bar with the last losses. Elsewhere every validation is a line.
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as ProgressBar
 
     from ..interrupt import stop_on_interrupt
@@ -198,12 +192,11 @@ def _long_work() -> Iterator[dict[str, Any]]:
     console = Console(stderr=True, quiet=not _is_main_process())
     with (
         _errors(),
-        _process_group(),
         stop_on_interrupt() as request,
         ProgressBar(
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.description}"),
+            "{task.description}",
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -237,18 +230,6 @@ def _long_work() -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _process_group() -> Iterator[None]:
-    """Leave the group of processes at the end: its threads may otherwise abort the interpreter."""
-    try:
-        yield
-    finally:
-        from torch import distributed
-
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
 def _errors() -> Iterator[None]:
     """Show without a traceback what is wrong with the settings, or with the machine."""
     try:
@@ -257,19 +238,16 @@ def _errors() -> Iterator[None]:
         raise click.UsageError(str(error)) from error
     except (ModuleNotFoundError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    finally:
+        from torch import distributed
+
+        # The threads of a group of processes that is not left may abort the interpreter.
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _print(values: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    if not _is_main_process():
-        return
-    if as_json:
-        click.echo(json.dumps(values, indent=1, allow_nan=False))
-    else:
-        show()
 
 
 def _print_result(result: TrainResult, output: Path) -> None:

@@ -89,7 +89,8 @@ class ShapingGains(Initialized, nn.Module):
 
     def laws(self) -> dict[str, Law]:
         """Return the start values as laws."""
-        tensors = {name: gain for name, gain in self.start.items() if _is_tensor(self, name)}
+        given = self.start.items()
+        tensors = {name: x for name, x in given if isinstance(getattr(self, name), Tensor)}
         if self.gain_scheme == "recover":
             tensors["fraction"] = 0.0
         return {name: constant(value) for name, value in tensors.items()}
@@ -158,7 +159,3 @@ def check_learned_gains(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         check_choice("learned_gains", name, GAIN_NAMES)
     return tuple(names)
-
-
-def _is_tensor(module: nn.Module, name: str) -> bool:
-    return isinstance(getattr(module, name), Tensor)

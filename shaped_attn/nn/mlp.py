@@ -9,14 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import Gain
-from ..checks import (
-    check_choice,
-    check_flag,
-    check_number,
-    check_positive,
-    check_shape,
-    check_size,
-)
+from ..checks import check_choice, check_flag, check_number, check_positive, check_shape, check_size
 from .initialization import WEIGHT_LAWS, Initialized, Law, constant
 from .projection import Projection
 

@@ -270,18 +270,9 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; numbers that JSON lacks (NaN, infinity) become strings."""
-        return plain(
-            {
-                **self.settings.to_dict(),
-                "recommended": self.recommended,
-                "time": self.settings.time,
-                "is_complete": self.is_complete,
-                **_sample_data(self.sample, self.settings.width),
-                "tuning": self.tuning and self.tuning.to_dict(),
-                "assumptions": assumptions(self.settings),
-                **_provenance(self.device, self.seconds),
-            }
-        )
+        found = _sample_data(self.sample, self.settings.width)
+        tuning = self.tuning and self.tuning.to_dict()
+        return _to_dict(self, recommended=self.recommended, tuning=tuning, **found)
 
 
 @dataclass(frozen=True)
@@ -321,18 +312,12 @@ class NetworkComparison:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; numbers that JSON lacks (NaN, infinity) become strings."""
         width = self.settings.width
-        return plain(
-            {
-                **self.settings.to_dict(),
-                "time": self.settings.time,
-                "is_complete": self.is_complete,
-                "agrees": self.agrees,
-                "prediction": _sample_data(self.prediction, width),
-                "networks": self.networks and _sample_data(self.networks, width),
-                "comparison": self.comparison and self.comparison.to_dict(),
-                "assumptions": assumptions(self.settings),
-                **_provenance(self.device, self.seconds),
-            }
+        return _to_dict(
+            self,
+            agrees=self.agrees,
+            prediction=_sample_data(self.prediction, width),
+            networks=self.networks and _sample_data(self.networks, width),
+            comparison=self.comparison and self.comparison.to_dict(),
         )
 
 
@@ -355,7 +340,20 @@ def predict(
     sample = _sample_sde(settings, device, on_progress, stop)
     tuned = None
     if sample.is_complete and _is_tunable(settings):
-        tuned = _tune(settings, device, on_progress, stop)
+        sde, scheme = settings.sde(), settings.scheme
+        limit = sde.coefficients(settings.tokens)
+        tuned = tune(
+            sde,
+            settings.start(device),
+            time=settings.time,
+            band=settings.target_band,
+            paths=min(settings.paths, _TUNING_PATHS),
+            steps=scheme.median_steps(limit, settings.time, settings.steps),
+            seed=settings.seed,
+            on_progress=_named("tuning", on_progress),
+            stop=stop,
+            integrator=scheme,
+        )
     return Prediction(settings, sample, tuned, str(device), time.perf_counter() - begin)
 
 
@@ -486,9 +484,20 @@ def _sample_data(sample: CovarianceSample, width: int) -> dict[str, Any]:
     return found
 
 
-def _provenance(device: str, seconds: float) -> dict[str, Any]:
-    versions = {"shaped_attn": __version__, "torch": torch.__version__}
-    return {"versions": versions, "device": device, "seconds": seconds}
+def _to_dict(result: Prediction | NetworkComparison, **found: Any) -> dict[str, Any]:
+    """Return what was ``found`` as plain data, beside what any result says of itself."""
+    return plain(
+        {
+            **result.settings.to_dict(),
+            "time": result.settings.time,
+            "is_complete": result.is_complete,
+            **found,
+            "assumptions": assumptions(result.settings),
+            "versions": {"shaped_attn": __version__, "torch": torch.__version__},
+            "device": result.device,
+            "seconds": result.seconds,
+        }
+    )
 
 
 def _is_tunable(settings: Settings) -> bool:
@@ -511,28 +520,6 @@ def _sample_sde(
         chunk=_CHUNK.get(torch.device(device).type, settings.paths),
         on_progress=_named("paths", on_progress),
         stop=stop,
-    )
-
-
-def _tune(
-    settings: Settings,
-    device: torch.device | str,
-    on_progress: OnProgress | None,
-    stop: Stop | None,
-) -> Tuning:
-    sde = settings.sde()
-    limit = sde.coefficients(settings.tokens)
-    return tune(
-        sde,
-        settings.start(device),
-        time=settings.time,
-        band=settings.target_band,
-        paths=min(settings.paths, _TUNING_PATHS),
-        steps=settings.scheme.median_steps(limit, settings.time, settings.steps),
-        seed=settings.seed,
-        on_progress=_named("tuning", on_progress),
-        stop=stop,
-        integrator=settings.integrator,
     )
 
 
