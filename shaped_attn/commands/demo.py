@@ -442,7 +442,9 @@ def _draw(description: str, drawn: Mapping[str, Figure]) -> dict[str, str]:
 
 
 def _write(parts: Mapping[str, Part], work: Work, output: Path) -> None:
-    from .. import environment
+    import jinja2
+
+    from .. import environment, fidelity
     from ..sde.sample import plain
 
     metrics = plain(
@@ -457,21 +459,6 @@ def _write(parts: Mapping[str, Part], work: Work, output: Path) -> None:
         }
     )
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
-    page = render(metrics, {name: part.figures for name, part in parts.items()})
-    try:
-        for name, content in ((METRICS, text), (PAGE, page)):
-            with destination.when_whole(output / name) as file:
-                file.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise click.ClickException(f"{output} cannot be written ({error}).") from error
-
-
-def render(metrics: Mapping[str, Any], figures: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the page of metrics as JSON has them, and of the SVG of each part."""
-    import jinja2
-
-    from .. import environment, fidelity
-
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "."),
         autoescape=True,
@@ -484,9 +471,17 @@ def render(metrics: Mapping[str, Any], figures: Mapping[str, Mapping[str, str]])
     templates.filters["decimals"] = lambda x: x if isinstance(x, str) else f"{x:.3f}"
     templates.filters |= {"distance": _distance, "label": fidelity.label, "prose": _prose}
     templates.filters["general"] = "{:g}".format
-    environment_lines = environment.lines(metrics["environment"])
-    template = templates.get_template("demo.html.jinja")
-    return template.render(metrics, figures=figures, environment_lines=environment_lines)
+    page = templates.get_template("demo.html.jinja").render(
+        metrics,
+        figures={name: part.figures for name, part in parts.items()},
+        environment_lines=environment.lines(metrics["environment"]),
+    )
+    try:
+        for name, content in ((METRICS, text), (PAGE, page)):
+            with destination.when_whole(output / name) as file:
+                file.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written ({error}).") from error
 
 
 def _prose(text: str) -> str:

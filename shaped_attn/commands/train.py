@@ -57,9 +57,6 @@ _PARTS = ("attention", "mlp", "causal")
 def train(
     click_context: click.Context,
     study: str | None,
-    depths: tuple[int, ...] | None,
-    methods: tuple[str, ...] | None,
-    learning_rates: tuple[float, ...] | None,
     output: Path,
     config: Path | None,
     device: str,
@@ -76,7 +73,7 @@ def train(
     Needs the packages of the extra: pip install "shaped-attn[train]". Several GPUs: accelerate
     launch -m shaped_attn train.
     """
-    options = {"depths": depths, "methods": methods, "learning_rates": learning_rates}
+    options = {name: flags.pop(name) for name in ("depths", "methods", "learning_rates")}
     options = {name: value for name, value in options.items() if value is not None}
     if study is None and options:
         flag = f"--{next(iter(options)).replace('_', '-')}"
@@ -86,11 +83,12 @@ def train(
             raise click.UsageError(f"--{name} is not an option of --study depth. Give {flag}.")
     settings = _make_settings(config, flags)
     with _long_work() as work:
+        work |= {"device": device, **options}
         if study is None:
-            found, show = _run(settings, output, device, work), _print_result
+            found, show = _run(settings, output, work), _print_result
             code = {"finished": 0, "diverged": 1}.get(found.status, INTERRUPTED)
         else:
-            found, show = _run_study(settings, output, device, work, options), _print_study
+            found, show = _run_study(settings, output, work), _print_study
             code = 0 if found.is_complete else INTERRUPTED
     if _is_main_process():
         if as_json:
@@ -123,31 +121,20 @@ def _read_config(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     return by_field(path, {x: values[x] for x in values if x not in unused}, TrainSettings)
 
 
-def _run(settings: TrainSettings, output: Path, device: str, work: dict[str, Any]) -> TrainResult:
+def _run(settings: TrainSettings, output: Path, work: dict[str, Any]) -> TrainResult:
     from ..train.trainer import train
 
     show, say = work.pop("show"), work.pop("say")
-
-    def on_progress(progress: Progress) -> None:
-        show("", progress, progress.step, progress.steps)
-
     return train(
         settings,
         output,
-        device=device,
-        on_progress=on_progress,
+        on_progress=lambda progress: show("", progress, progress.step, progress.steps),
         on_resume=lambda step: say(f"{output}: resuming from step {step}"),
         **work,
     )
 
 
-def _run_study(
-    settings: TrainSettings,
-    output: Path,
-    device: str,
-    work: dict[str, Any],
-    options: dict[str, Any],
-) -> Study:
+def _run_study(settings: TrainSettings, output: Path, work: dict[str, Any]) -> Study:
     from ..plots import save
     from ..plots.study import plot_study
     from ..train.study import PLOT, run_study
@@ -161,11 +148,9 @@ def _run_study(
     study = run_study(
         settings,
         output,
-        device=device,
         on_progress=on_progress,
         on_resume=lambda name, step: say(f"{name}: resuming from step {step}"),
         **work,
-        **options,
     )
     if study.runs and _is_main_process():
         save(plot_study(study), output / PLOT)

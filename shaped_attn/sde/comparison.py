@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_number, fail
+from ..checks import check_kind, check_number, fail
 from .sample import LEVELS, CovarianceSample, Estimate, plain, quantile, quantile_error
 
 _TIME_TOLERANCE = 1e-6  # relative; depths and widths are whole numbers, so others differ by more
@@ -232,9 +232,7 @@ def _ordered(values: Tensor) -> Tensor:
 
 def _check(first: CovarianceSample, second: CovarianceSample, level: float) -> None:
     for name, sample in (("first", first), ("second", second)):
-        if not isinstance(sample, CovarianceSample):
-            rule, remedy = "must be a CovarianceSample", "The methods `sample` return one."
-            fail(TypeError, name, rule, type(sample).__name__, remedy)
+        check_kind(name, sample, CovarianceSample, "The methods `sample` return one.")
         if sample.paths == 0 or len(sample.times) == 0:
             got = f"{sample.paths} paths, {len(sample.times)} times"
             remedy = "A simulation that was interrupted too early has no path; let it run longer."

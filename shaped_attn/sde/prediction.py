@@ -367,10 +367,7 @@ def compare_networks(
     """Simulate the SDE of a model and networks of it, and compare their laws at the last depth.
 
     Args:
-        settings: the model.
-        device: where to run.
-        on_progress: called with what is being done, how much of it is, and how much there is.
-        stop: asked between steps; if it returns True the result holds what there is.
+        settings, device, on_progress, stop: as in `predict`.
 
     Raises:
         ValueError: there are too few networks to tell any two laws apart.
