@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import testing
-from .checks import check_choice
+from .checks import check_choice, fail
 from .functional import shaped_attention
 from .validation import GAIN_NAMES
 from .watchdog import Job, in_turn
@@ -172,7 +172,7 @@ def measure(
         dtypes: keys of ``DTYPES``.
         logit_stds: standard deviations of scale q.k.
         regimes: keys of ``REGIMES``.
-        length: T = S, at least 16. Default: 512, or 128 for Triton's interpreter.
+        length: T = S, at least 16. Default: 512, or 128 on a CPU, where kernels are interpreted.
         heads: number of heads.
         head_dim: D = Dv.
         seed: of the inputs.
@@ -193,20 +193,17 @@ def measure(
         for value in values:
             check_choice(name, value, known[name])
     if length is not None and length < MIN_LENGTH:
-        raise ValueError(
-            f"length must be at least {MIN_LENGTH}, got {length}: with few keys the exact results "
-            "are close to zero, and relative errors mean nothing. Choose a longer one."
-        )
+        remedy = "With few keys exact results are near zero, and relative errors mean nothing."
+        fail(ValueError, "length", f"must be at least {MIN_LENGTH}", length, remedy)
     if "triton" in impls:
         _check_kernels_run()
     options = {"heads": heads, "head_dim": head_dim, "seed": seed, "family": family}
-    given = options | {"device": device, "attention": attention}
+    size = length or (128 if device.type == "cpu" else 512)
+    given = options | {"device": device, "attention": attention, "size": size}
     jobs = []
     for impl, dtype, regime, logit_std in itertools.product(impls, dtypes, regimes, logit_stds):
-        is_interpreted = impl == "triton" and device.type == "cpu"
-        size = length if length is not None else 128 if is_interpreted else 512
-        point = {"point": (impl, dtype, regime, logit_std), "size": size}
         name = f"{impl} {dtype} {regime}, logit std {logit_std:g}"
+        point = {"point": (impl, dtype, regime, logit_std)}
         jobs.append(Job(name, _measure_point, given | point))
     settings = {"device": str(device), "is_causal": True, **options}
     return _report(jobs, settings, run, on_progress)
