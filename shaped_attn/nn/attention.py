@@ -87,11 +87,9 @@ class ShapedAttention(Initialized, nn.Module):
             1 / (tau0 sqrt(head_dim)), a number is the scale itself. Only the first has a covariance
             SDE.
         tau0: temperature constant. Default 1.0.
-        identity_gain: weight of I, a number or one per head. Default 1.0.
-        softmax_gain: weight of the softmax, the same. Default 1.0.
-        center_gain: weight of A0, the same. Default None: that of ``softmax_gain``.
-        gain_scheme: "fixed" (the default), "learn" or "recover"; see `ShapingGains`.
-        learned_gains: gains that "learn" trains. Default ("identity_gain", "center_gain").
+        identity_gain, softmax_gain, center_gain: weights of I, of the softmax and of A0, as in
+            `ShapingGains`.
+        gain_scheme, learned_gains: likewise.
         impl: as in `shaped_attn.shaped_attention`. Default "auto".
         deterministic: whether equal inputs give equal bits, as there. Default True.
         device, dtype: of the parameters. Default: those of torch.

@@ -45,7 +45,7 @@ class Method:
     """What a method other than "shaped" is at initialisation.
 
     Attributes:
-        identity_gain, softmax_gain, center_gain: start values of the gains of `ShapedAttention`.
+        gains: start values of the gains of `ShapedAttention`, in the order of `GAIN_NAMES`.
         learned_gains: those that are trained, one per head.
         schedule: gives the prior of every layer for a depth. Default None: the uniform prior.
         has_zero_queries: whether W_Q = 0. Default True.
@@ -59,9 +59,7 @@ class Method:
         wirings: those that it can have, the usual one first.
     """
 
-    identity_gain: float
-    softmax_gain: float
-    center_gain: float
+    gains: tuple[float, float, float]
     learned_gains: tuple[str, ...] = ()
     schedule: Callable[[int], list[ESPA] | list[USPA]] | None = None
     has_zero_queries: bool = True
@@ -73,12 +71,10 @@ class Method:
     wirings: tuple[Wiring, ...]
 
 
-_SOFTMAX = {"identity_gain": 0.0, "softmax_gain": 1.0, "center_gain": 0.0}
+_SOFTMAX = {"gains": (0.0, 1.0, 0.0)}
 _WITHOUT_SHORTCUTS = {"law": "orthogonal", "wirings": USUALLY_WITHOUT}
 _SIMPLIFIED = {
-    "identity_gain": 1.0,
-    "softmax_gain": 1.0,
-    "center_gain": 1.0,
+    "gains": (1.0, 1.0, 1.0),
     "learned_gains": GAIN_NAMES,
     "law": "gpt2",
     "has_values": False,
@@ -91,9 +87,7 @@ _METHODS = {
         **_SIMPLIFIED, is_parallel=True, wirings=((False, True), (False, False))
     ),
     "value_skipinit": Method(
-        identity_gain=1.0,
-        softmax_gain=0.0,
-        center_gain=0.0,
+        gains=(1.0, 0.0, 0.0),
         learned_gains=("identity_gain", "softmax_gain"),
         **_WITHOUT_SHORTCUTS,
     ),
@@ -200,9 +194,7 @@ def build_blocks(
             out_proj=law if described.has_values else "none",
             prior=prior,
             scale="standard",
-            identity_gain=described.identity_gain,
-            softmax_gain=described.softmax_gain,
-            center_gain=described.center_gain,
+            **dict(zip(GAIN_NAMES, described.gains, strict=True)),
             gain_scheme="learn" if described.learned_gains else "fixed",
             learned_gains=described.learned_gains,
             **attention_arguments,

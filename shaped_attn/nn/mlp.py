@@ -134,9 +134,7 @@ class ShapedMLP(MLP):
     ``trainable_slopes`` also ``c_plus`` and ``c_minus``, each () and at first the value given.
 
     Args:
-        width: n, size of the last dimension of x.
-        mlp_ratio: hidden width over ``width``; the product must be whole. Default 1.0, as in the
-            theory; 4.0 is usual.
+        width, mlp_ratio: as in `MLP`; the theory has the ratio 1.0, and 4.0 is usual.
         c_plus: shape constant of the positive side. Default 0.0.
         c_minus: shape constant of the negative side. Default -1.0.
         trainable_slopes: whether ``c_plus`` and ``c_minus`` are parameters. Default False.
