@@ -148,13 +148,8 @@ def check_choice_or_number(name: str, value: object, choices: Collection[str]) -
 def check_divides(name: str, value: int, other_name: str, other: int) -> None:
     """Check that ``value`` divides ``other``."""
     if other % value != 0:
-        fail(
-            ValueError,
-            name,
-            f"must divide {other_name}, {other}",
-            value,
-            f"Choose a divisor of {other}, or another {other_name}.",
-        )
+        remedy = f"Choose a divisor of {other}, or another {other_name}."
+        fail(ValueError, name, f"must divide {other_name}, {other}", value, remedy)
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
@@ -163,13 +158,9 @@ def check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
         size != wanted and not isinstance(wanted, str)
         for size, wanted in zip(x.shape, shape, strict=True)
     ):
-        fail(
-            ValueError,
-            name,
-            f"must have shape ({', '.join(map(str, shape))})",
-            f"shape {tuple(x.shape)}",
-            "Reshape it, or build the module for these sizes.",
-        )
+        rule = f"must have shape ({', '.join(map(str, shape))})"
+        remedy = "Reshape it, or build the module for these sizes."
+        fail(ValueError, name, rule, f"shape {tuple(x.shape)}", remedy)
 
 
 def _check_bounds(name: str, value: float, low: float, high: float) -> None:

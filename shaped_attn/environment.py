@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -72,23 +73,19 @@ def kernel_availability() -> dict[str, str | bool]:
 
 def lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
     """Turn what :func:`collect` returned into (name, text) pairs, in the order to print them."""
-    libraries = environment["libraries"]
     gpus = [
         f"{gpu['name']} (capability {gpu['capability']}, {gpu['memory_gib']:.0f} GiB)"
         for gpu in environment["gpus"]
     ]
+    cpu = [environment["cpu"], f"{environment['cpu_count']} cores", environment["cpu_capability"]]
     kernels = environment["kernels"]
-    pairs = [
+    return [
         ("shaped_attn", environment["shaped_attn"]),
         ("Python", f"{environment['python']} ({environment['executable']})"),
-        *((name, version or "not installed") for name, version in libraries.items()),
+        *((name, found or "not installed") for name, found in environment["libraries"].items()),
         ("OS", environment["os"]),
         ("libc", environment["libc"] or "unknown"),
-        (
-            "CPU",
-            f"{environment['cpu']}, {environment['cpu_count']} cores, "
-            f"{environment['cpu_capability']}",
-        ),
+        ("CPU", ", ".join(map(str, cpu))),
         ("torch threads", str(environment["threads"])),
         ("GPU", "; ".join(gpus) or "none"),
         ("driver", environment["driver"] or "none"),
@@ -98,7 +95,6 @@ def lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
         ("Triton kernels", f"{kernels['mode']} ({kernels['reason']})"),
         ("default impl", environment["default_impl"]),
     ]
-    return pairs
 
 
 def _version(distribution: str) -> str | None:
@@ -116,14 +112,21 @@ def _version(distribution: str) -> str | None:
 
 def _cpu_name() -> str:
     # platform.processor() is empty or an architecture on Linux.
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    found = _first_line("model name", "/proc/cpuinfo")
+    return found.partition(":")[2].strip() if found else platform.processor() or platform.machine()
+
+
+def _driver_version() -> str | None:
+    # The kernel module says it without starting another program.
+    return _first_line("", "/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
+
+
+def _first_line(start: str, *paths: str) -> str | None:
+    """Return the first line with this start in the first file that can be read."""
+    for path in paths:
+        with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+            return next((line.strip() for line in file if line.startswith(start)), None) or None
+    return None
 
 
 def _gpu_count() -> int:
@@ -140,14 +143,3 @@ def _gpu(index: int) -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
     }
-
-
-def _driver_version() -> str | None:
-    # The kernel module says it without starting another program.
-    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
-        try:
-            with open(path, encoding="utf-8") as file:
-                return file.readline().strip() or None
-        except OSError:
-            continue
-    return None
