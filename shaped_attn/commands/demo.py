@@ -50,7 +50,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "softmax, no skips": {"method": "pre_ln", **BARE},
     "softmax, usual block": {"method": "pre_ln"},
 }
-"""Whose tokens are followed over depth. All but the last are drawn."""
+"""Whose tokens are followed over depth, "shaped" by default. All but the last are drawn."""
 TOKENS, NETWORKS = 32, 16
 COVARIANCE = {"depth": 64, "width": 64, "networks": 1024}
 METHODS = {"E-SPA": "e_spa", "softmax": "pre_ln"}
@@ -161,8 +161,9 @@ def follow_tokens(work: Work) -> Part:
         name: quantile(1 - mean_correlation(sample.covariances), LEVELS)
         for name, sample in samples.items()
     }
+    decoders = {name: {"method": "shaped", **fields} for name, fields in DECODERS.items()}
     part.numbers = {
-        "settings": {**MODEL, "tokens": TOKENS, "networks": len(found), "decoders": DECODERS},
+        "settings": {**MODEL, "tokens": TOKENS, "networks": len(found), "decoders": decoders},
         "levels": LEVELS,
         "one_minus_rho": distances,
     }
