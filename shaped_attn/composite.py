@@ -366,7 +366,10 @@ def _mix(
     if not terms:
         # The branch gain stays in the graph, with gradient 0.
         return _times(gains.branch, q.new_zeros(*q.shape[:3], value_dim))
-    return sum(terms[1:], terms[0])
+    out = terms[0]
+    for term in terms[1:]:
+        out = out + term
+    return out
 
 
 def _rows(x: Tensor, start: int, count: int) -> Tensor:

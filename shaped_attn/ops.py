@@ -59,14 +59,7 @@ class Inputs(NamedTuple):
     prior: Tensor | None = None
 
 
-class Saved(NamedTuple):
-    """What the forward keeps for the backward beside its inputs; all empty but with the kernels."""
-
-    excess: Tensor
-    center: Tensor
-    row_stats: Tensor
-
-
+_COUNT = len(Inputs._fields)
 _GAINS = slice(Inputs._fields.index("identity_gain"), Inputs._fields.index("scale") + 1)
 _FIXED_GAINS = tuple(f"fixed_{name}" for name in validation.GAIN_NAMES)
 _NEEDS = ("needs_residual", "needs_gains", "needs_scale", "needs_prior")
@@ -74,7 +67,8 @@ _TENSORS = ", ".join(
     f"Tensor? {name}=None" if name in Inputs._field_defaults else f"Tensor {name}"
     for name in Inputs._fields
 )
-_SAVED = ", ".join(f"Tensor? {name}=None" for name in Saved._fields)
+# What the forward keeps for the backward beside its inputs; all empty but with the kernels.
+_SAVED = "Tensor? excess=None, Tensor? center=None, Tensor? row_stats=None"
 _FIXED = ", ".join(f"float {name}=1.0" for name in _FIXED_GAINS[:5])
 _OPTIONS = (
     f"{_FIXED}, float? fixed_scale=None, bool is_causal=False, SymInt? q_offset=None,"
@@ -148,22 +142,13 @@ def _attention(*tensors: Tensor | None, save_for_backward: bool = True, **option
     inputs = Inputs(*tensors)
     q, k, v, residual = inputs[:4]
     gains, visibility, table = _checked(inputs, options)
+    arguments = (q, k, v, residual, gains, visibility)
     if _uses_kernels(q):
         validation.check_kernel_limits(q, v, residual)
-        return _kernels().attention_fwd(
-            q,
-            k,
-            v,
-            residual,
-            gains,
-            visibility,
-            save_for_backward=save_for_backward,
-            **_prior_options(table, q, k, visibility.q_offset),
-        )
+        options = _prior_options(table, q, k, visibility.q_offset)
+        return _kernels().attention_fwd(*arguments, save_for_backward=save_for_backward, **options)
     with torch.no_grad():
-        out, lse = composite.attention(
-            q, k, v, residual, gains, visibility, prior=table, return_lse=True
-        )
+        out, lse = composite.attention(*arguments, prior=table, return_lse=True)
     empty = q.new_empty(0, dtype=torch.float32)
     return out.contiguous(), lse.contiguous(), q.new_empty(0), empty, empty.clone()
 
@@ -191,17 +176,10 @@ def _attention_fake(*tensors: Tensor | None, save_for_backward: bool = True, **o
     )
 
 
-def _split(tensors: tuple[Tensor | None, ...]) -> tuple[Inputs, Saved | None]:
-    """Inputs and what was saved, from the tensors of the backward after d_out and d_lse."""
-    inputs = Inputs(*tensors[: len(Inputs._fields)])
-    saved = tensors[len(Inputs._fields) :]
-    return inputs, Saved(*saved) if saved else None
-
-
 def _attention_backward(
     d_out: Tensor | None, d_lse: Tensor | None, *tensors: Tensor | None, **options
 ):
-    inputs, saved = _split(tensors)
+    inputs, saved = Inputs(*tensors[:_COUNT]), tensors[_COUNT:]
     q, k, v, residual = inputs[:4]
     needs = [options.get(name, False) for name in _NEEDS]
     needs_prior = needs[3]
@@ -240,10 +218,9 @@ def _composite_backward(d_out, d_lse, q, k, v, residual, gains, visibility, tabl
     heads = q.shape[1]
     dtype = accumulation_dtype(q.dtype)
     with torch.enable_grad():
-        tensors = [x.detach().requires_grad_() for x in (q, k, v)]
-        skip_input = residual
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         if residual is not None:
-            skip_input = residual.detach().requires_grad_(needs_residual)
+            residual = residual.detach().requires_grad_(needs_residual)
         needed = [needs_gains] * 5 + [needs_scale]
         weights = [
             torch.as_tensor(gain, dtype=dtype).detach().expand(heads).clone().requires_grad_()
@@ -253,20 +230,13 @@ def _composite_backward(d_out, d_lse, q, k, v, residual, gains, visibility, tabl
         ]
         if needs_prior:
             table = PriorTable(table.form, table.values.detach().requires_grad_())
-        out, lse = composite.attention(
-            *tensors,
-            skip_input,
-            Gains(*weights),
-            visibility,
-            prior=table,
-            return_lse=d_lse is not None,
-        )
-        inputs = [*tensors, *([skip_input] if needs_residual else [])]
+        arguments = (*inputs, residual, Gains(*weights), visibility)
+        has_lse = d_lse is not None
+        results = composite.attention(*arguments, prior=table, return_lse=has_lse)
+        inputs += [residual] if needs_residual else []
         inputs += [w for w, is_needed in zip(weights, needed, strict=True) if is_needed]
         inputs += [table.values] if needs_prior else []
-        outputs, cotangents = [out], [d_out]
-        if d_lse is not None:
-            outputs, cotangents = [out, lse], [d_out, d_lse]
+        outputs, cotangents = results[: 1 + has_lse], (d_out, d_lse)[: 1 + has_lse]
         found = torch.autograd.grad(
             outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
         )
@@ -281,7 +251,7 @@ def _composite_backward(d_out, d_lse, q, k, v, residual, gains, visibility, tabl
 def _attention_backward_fake(
     d_out: Tensor | None, d_lse: Tensor | None, *tensors: Tensor | None, **options
 ):
-    inputs, _ = _split(tensors)
+    inputs = Inputs(*tensors[:_COUNT])
     q, k, v, residual = inputs[:4]
     needs_residual, needs_gains, needs_scale, needs_prior = (
         options.get(name, False) for name in _NEEDS
@@ -324,8 +294,9 @@ class _Attention(torch.autograd.Function):
                 "save_for_backward must be True to differentiate shaped_attn.attention, got False. "
                 "Leave it at its default, or call the operator under torch.no_grad()."
             )
-        inputs, saved = _split(ctx.saved_tensors)
-        needs = Inputs(*needed, *(False,) * (len(Inputs._fields) - ctx.given))
+        saved = ctx.saved_tensors
+        inputs, saved = Inputs(*saved[:_COUNT]), saved[_COUNT:]
+        needs = Inputs(*needed, *(False,) * (_COUNT - ctx.given))
         needs_gains = needs[_GAINS]
         with torch.no_grad():
             d_q, d_k, d_v, d_residual, d_gains, d_scale, d_prior = _backward_op(
@@ -359,7 +330,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        return arguments[-len(Inputs._fields) :]
+        return arguments[-_COUNT:]
 
     @staticmethod
     def backward(ctx, *_):
