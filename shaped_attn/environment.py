@@ -99,10 +99,8 @@ def lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _version(distribution: str) -> str | None:
     # ROCm builds bring Triton under another distribution name.
-    names = (distribution,)
-    if distribution == "triton":
-        names = ("triton", "pytorch-triton-rocm", "pytorch-triton", "triton-windows")
-    for name in names:
+    others = ("pytorch-triton-rocm", "pytorch-triton", "triton-windows")
+    for name in (distribution, *(others if distribution == "triton" else ())):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

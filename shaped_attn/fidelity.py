@@ -451,17 +451,11 @@ def check_family(family: str, device: torch.device | str) -> None:
     if family != "hopper":
         return
     x = torch.empty(0, device=device)
+    arch = launch.architecture(x) if x.is_cuda or launch.is_interpreted() else x.device.type
+    call = {"head_dim": 64, "value_dim": 64, "rows": 1, "group": 1, "weighed_by": None}
+    release = families.triton_release()
     ran = families.pick_family(
-        launch.architecture(x) if x.is_cuda or launch.is_interpreted() else x.device.type,
-        torch.bfloat16,
-        head_dim=64,
-        value_dim=64,
-        weighed_by=None,
-        rows=1,
-        group=1,
-        fits_tma=True,
-        release=families.triton_release(),
-        choice=family,
+        arch, torch.bfloat16, **call, fits_tma=True, release=release, choice=family
     )
     if ran != family:  # a warning has said which releases will do
         raise ValueError("the family of kernels 'hopper' needs another release of Triton")

@@ -193,14 +193,11 @@ def _attention_backward(
         kernels = _kernels()
         if needs_prior:
             check_learnable(table)
-        grads = kernels.attention_bwd(
-            *arguments,
-            *saved,
-            needs=kernels.Needs(*needs),
-            is_deterministic=options.get("deterministic", True)
-            or torch.are_deterministic_algorithms_enabled(),
-            **_prior_options(table, q, k, visibility.q_offset),
-        )
+        prior = _prior_options(table, q, k, visibility.q_offset)
+        is_deterministic = options.get("deterministic", True)
+        is_deterministic = is_deterministic or torch.are_deterministic_algorithms_enabled()
+        needed = {"needs": kernels.Needs(*needs), "is_deterministic": is_deterministic}
+        grads = kernels.attention_bwd(*arguments, *saved, **needed, **prior)
     else:
         grads = _composite_backward(*arguments, table, needs)
     if needs_prior:
@@ -285,7 +282,6 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, d_lse, *_):
-        needed = ctx.needs_input_grad[2:]
         if d_out is None and d_lse is None:
             return (None,) * (2 + ctx.given)
         options = dict(ctx.options)
@@ -296,21 +292,15 @@ class _Attention(torch.autograd.Function):
             )
         saved = ctx.saved_tensors
         inputs, saved = Inputs(*saved[:_COUNT]), saved[_COUNT:]
-        needs = Inputs(*needed, *(False,) * (_COUNT - ctx.given))
+        needs = Inputs(*ctx.needs_input_grad[2:], *(False,) * (_COUNT - ctx.given))
         needs_gains = needs[_GAINS]
+        has_gains = any(needs_gains[:5])
+        needed = zip(_NEEDS, (needs.residual, has_gains, needs.scale, needs.prior), strict=True)
         with torch.no_grad():
             d_q, d_k, d_v, d_residual, d_gains, d_scale, d_prior = _backward_op(
-                d_out,
-                d_lse,
-                *inputs,
-                *saved,
-                **options,
-                needs_residual=needs.residual,
-                needs_gains=any(needs_gains[:5]),
-                needs_scale=needs.scale,
-                needs_prior=needs.prior,
+                d_out, d_lse, *inputs, *saved, **options, **dict(needed)
             )
-            per_head = (*(d_gains if any(needs_gains[:5]) else (None,) * 5), d_scale)
+            per_head = (*(d_gains if has_gains else (None,) * 5), d_scale)
             gains = {
                 name: _reduce_gain(gradient, getattr(inputs, name))
                 for name, gradient, is_needed in zip(

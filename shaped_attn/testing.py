@@ -285,13 +285,7 @@ class _RandomRounding(TorchDispatchMode):
         self.seed = seed
         self.generators: dict[torch.device, torch.Generator] = {}
 
-    def __torch_dispatch__(
-        self,
-        function: Any,
-        types: Any,
-        args: tuple = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
         if name == "_softmax_backward_data":
@@ -331,10 +325,9 @@ class _RandomRounding(TorchDispatchMode):
         return self.wide_unit * (terms / 2 * (squares + total**2)).sqrt()
 
     def _move(self, x: Tensor, size: Tensor) -> None:
-        generator = self.generators.get(x.device)
-        if generator is None:
-            generator = torch.Generator(x.device).manual_seed(self.seed)
-            self.generators[x.device] = generator
+        if x.device not in self.generators:
+            self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+        generator = self.generators[x.device]
         sign = torch.randint(2, x.shape, generator=generator, device=x.device) * 2 - 1
         x.add_(torch.where(x.isfinite(), size * sign, 0))
 

@@ -92,20 +92,13 @@ def shaped_attention_mask(
         if bool((padding == ((key >= start[:, None]) & (key < end[:, None]))).all()):
             first = [torch.full_like(start, keys - q_length)] if is_causal else []
             return _key_ranges([start, end, *first], keys)
-    mask = sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        mask_function,
-        attention_mask,
-        local_size,
-        allow_is_causal_skip=allow_is_causal_skip and tracing,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip and tracing,
-        device=device,
-        **kwargs,
-    )
+    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+    skips = {
+        "allow_is_causal_skip": allow_is_causal_skip and tracing,
+        "allow_is_bidirectional_skip": allow_is_bidirectional_skip and tracing,
+    }
+    masks = (mask_function, attention_mask, local_size)
+    mask = sdpa_mask(*sizes, *masks, device=device, **skips, **kwargs)
     if mask is None or kv_length == q_length or allow_is_bidirectional_skip:
         return mask
     position = torch.arange(q_length, device=device) + q_offset
