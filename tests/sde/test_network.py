@@ -483,7 +483,10 @@ def test_settings_are_checked(change, message):
         ({"generator": 0}, "generator must be a torch.Generator"),
         ({"dtype": torch.int32}, "dtype must be a floating dtype"),
         ({"v0": torch.eye(9, dtype=DTYPE)}, "width must be at least 9 for networks of 9 tokens"),
-        ({"v0": torch.eye(5, dtype=DTYPE), "method": "chain"}, "width must be at least 10 for the chain of 5"),
+        (
+            {"v0": torch.eye(5, dtype=DTYPE), "method": "chain"},
+            "width must be at least 10 for the chain of 5",
+        ),
         ({"snapshots": 1}, "snapshots must be at least 2"),
         ({"chunk": 0}, "chunk must be at least 1"),
     ],
