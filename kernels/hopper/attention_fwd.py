@@ -149,9 +149,9 @@ class ForwardShape(Shape):
         return 2 * 64 * self.width * (self.has_own + (self.residual == "tile"))
 
     @property
-    def headroom(self) -> float:
-        """Log2 of the pivot over the mean weight: float16 ends at 2^16, and has 2^-14 in full."""
-        return 8.0 if self.dtype == gl.float16 else 0.0
+    def has_short_range(self) -> bool:
+        """Whether weights much above 1 overflow, and small ones lose bits."""
+        return self.dtype == gl.float16
 
     @property
     def scores(self) -> gl.NVMMADistributedLayout:
@@ -471,7 +471,11 @@ def _first_weights(s, scale_log2, ends, key, C: gl.constexpr):
     # The geometric mean weight of the keys seen is 2 to this power.
     count = gl.minimum(gl.maximum(ends - key, 1), C.block_s).to(gl.float32)
     mean = gl.sum(gl.where(visible, s, 0.0), 1) * (scale_log2 / count)
-    m = gl.ceil(mean) + C.headroom
+    m = mean
+    if C.has_short_range:
+        top = gl.max(gl.where(visible, s * scale_log2, -float("inf")), 1)
+        m = gl.where(top == -float("inf"), 0.0, top)
+    m = gl.ceil(m)
     # Exact in the dtype of v.
     u = gl.exp2(mean - m).to(C.dtype).to(gl.float32)
     return _weights(s, scale_log2, m, u, ends, key, C, True), m, u
