@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,21 @@ def test_tracked(benchmark):
     peers = {"peer": Step(lambda _: PEER)}
     timing.race(benchmark, "group", FakeStopwatch(), Step(lambda _: OURS), peers, ["peer"])
 """
+
+
+def test_the_hosts_time_is_that_of_the_call_alone(bench_modules, monkeypatch):
+    import timing
+
+    now = 0.0
+
+    def passes(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: passes(7.0))
+    step = timing.Step(lambda prepared: passes(prepared), lambda: passes(5.0) or 0.002)
+    assert timing.host_ms(step) == 2.0
 
 
 def test_tracking_compares_ratios(monkeypatch, tmp_path):
